@@ -1,0 +1,1 @@
+"""ercbatch: an emotion for every utterance of a conversation, in bulk, offline."""

@@ -1,0 +1,107 @@
+"""Dialogues: what goes in and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ercbatch.errors import RecordError
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One turn. `label` is a gold label, where the record has one."""
+
+    text: str
+    speaker: str = ""
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Utterances in order; `record` is the parsed input record, carried through to the output."""
+
+    utterances: tuple[Utterance, ...]
+    record: Mapping[str, Any] = field(compare=False, repr=False, default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceLabel:
+    """What labelling says of one utterance.
+
+    `emotion` is None for a blank text or a confidence below the threshold; `confidence` (0 to 1,
+    of the best label) is None for a blank text. `scores` maps every label to its probability.
+    """
+
+    emotion: str | None
+    confidence: float | None
+    scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledDialogue:
+    """A dialogue and its labels, one for each utterance."""
+
+    dialogue: Dialogue
+    labels: tuple[UtteranceLabel, ...]
+
+    def to_record(self) -> dict[str, Any]:
+        """The input record, with `emotion`, `confidence` and `scores` in each utterance."""
+        record = dict(self.dialogue.record)
+        if not record:
+            turns: list[dict[str, Any]] = []
+            for u in self.dialogue.utterances:
+                turn: dict[str, Any] = {"speaker": u.speaker, "text": u.text}
+                turns.append(turn if u.label is None else {**turn, "label": u.label})
+            record = {"utterances": turns}
+        key = "utterances" if "utterances" in record else "messages"
+        record[key] = [
+            {
+                **turn,
+                "emotion": label.emotion,
+                "confidence": label.confidence,
+                **({} if label.scores is None else {"scores": dict(label.scores)}),
+            }
+            for turn, label in zip(record[key], self.labels, strict=True)
+        ]
+        return record
+
+
+def dialogue_from(value: Dialogue | Mapping[str, Any]) -> Dialogue:
+    """A dialogue as it is, or from a record."""
+    return value if isinstance(value, Dialogue) else parse_dialogue(value)
+
+
+def parse_dialogue(value: object) -> Dialogue:
+    """A dialogue from a parsed record of either shape (`utterances` or `messages`).
+
+    Raises:
+        RecordError: not_object, no_utterances, bad_utterance, bad_text, bad_speaker, bad_label.
+    """
+    if not isinstance(value, Mapping):
+        raise RecordError("not_object", "the line is not a JSON object")
+    if "utterances" in value:
+        key, speaker_key, text_key = "utterances", "speaker", "text"
+    else:
+        key, speaker_key, text_key = "messages", "role", "content"
+    turns = value.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise RecordError(
+            "no_utterances", "the dialogue has no list of `utterances` (or `messages`)"
+        )
+    utterances = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise RecordError("bad_utterance", f"{key} {number} is not an object")
+        text, speaker, label = turn.get(text_key), turn.get(speaker_key), turn.get("label")
+        if not isinstance(text, str):
+            raise RecordError("bad_text", f"`{text_key}` of {key} {number} is not a string")
+        if speaker is not None and not isinstance(speaker, str):
+            raise RecordError(
+                "bad_speaker", f"`{speaker_key}` of {key} {number} is not a string"
+            )
+        if label is not None and not isinstance(label, str):
+            raise RecordError("bad_label", f"`label` of {key} {number} is not a string")
+        utterances.append(Utterance(text, speaker or "", label))
+    return Dialogue(tuple(utterances), value)

@@ -1,0 +1,51 @@
+"""The errors of ercbatch.
+
+    ErcbatchError                 exit 1
+    ├── UsageError                exit 2: the call or its settings are wrong
+    │   └── MissingExtraError     an optional dependency is not installed
+    ├── InputError                exit 4: an input file cannot be used at all
+    ├── RecordError               one input line is bad: it becomes a reject, the run goes on
+    └── BundleError               exit 4: a bundle is missing, altered, or not for this program
+"""
+
+from __future__ import annotations
+
+
+class ErcbatchError(Exception):
+    """Any error that ercbatch raises on purpose; its message ends with the next step."""
+
+    exit_code = 1
+
+
+class UsageError(ErcbatchError):
+    """A setting, option or argument is wrong."""
+
+    exit_code = 2
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is missing; the message says what to install."""
+
+
+class InputError(ErcbatchError):
+    """An input file cannot be read or is not what it should be."""
+
+    exit_code = 4
+
+
+class RecordError(ErcbatchError):
+    """One line is not a dialogue.
+
+    `code` is a short stable word for programs, `reason` a sentence for people.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class BundleError(ErcbatchError):
+    """A bundle cannot be loaded."""
+
+    exit_code = 4

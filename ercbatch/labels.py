@@ -1,0 +1,99 @@
+"""Label sets: which emotions there are, under which names. The sets themselves are data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from ercbatch.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """A named, ordered set of labels, and other spellings (`aliases`) of them."""
+
+    name: str
+    labels: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise UsageError(f"label set {self.name!r}: needs two or more different labels")
+        for alias, label in self.aliases.items():
+            if label not in self.labels:
+                raise UsageError(
+                    f"label set {self.name!r}: alias {alias!r} stands for {label!r}, "
+                    "which is not one of its labels"
+                )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def index(self, label: str) -> int:
+        """The place of a canonical label in the set."""
+        return self.labels.index(label)
+
+    def canonical(self, label: str) -> str | None:
+        """The set's own name for a label in any case or known spelling; None if it has none."""
+        folded = label.strip().casefold()
+        for own in self.labels:
+            if own.casefold() == folded:
+                return own
+        return next((to for alias, to in self.aliases.items() if alias.casefold() == folded), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `bundle.json` and label-set files hold them."""
+        return {"name": self.name, "labels": list(self.labels), "aliases": dict(self.aliases)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LabelSet:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: a key is missing or of the wrong type.
+        """
+        try:
+            labels, aliases = value["labels"], value.get("aliases", {})
+            if not all(isinstance(text, str) for text in (*labels, *aliases, *aliases.values())):
+                raise TypeError("labels and aliases must be strings")
+            return cls(str(value["name"]), tuple(labels), dict(aliases))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"not a label set (name, labels, aliases): {error}") from error
+
+
+@cache
+def _data() -> Mapping[str, Any]:
+    text = resources.files("ercbatch").joinpath("data/label_sets.json").read_text("utf-8")
+    data: Mapping[str, Any] = json.loads(text)
+    return data
+
+
+def label_set_names() -> tuple[str, ...]:
+    """The names of the built-in label sets."""
+    return tuple(_data()["sets"])
+
+
+@cache
+def label_set(name: str) -> LabelSet:
+    """A built-in label set.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    sets = _data()["sets"]
+    if name not in sets:
+        raise UsageError(f"no label set {name!r}: choose from {', '.join(sets)}")
+    return LabelSet.from_json({"name": name, **sets[name]})
+
+
+def unified_mapping() -> Mapping[str, Mapping[str, str]]:
+    """Label set name -> its label -> the unified label (InstructERC's Feeling Wheel table).
+
+    frustrated -> fear and surprise -> powerful are the paper's own choice and doubtful.
+    """
+    mapping: Mapping[str, Mapping[str, str]] = _data()["unified_mapping"]
+    return mapping

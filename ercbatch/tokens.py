@@ -1,0 +1,101 @@
+"""Segments of text to token ids, one segment at a time, with no way for text to become control.
+
+Every piece of a prompt is tokenized alone and the ids are concatenated. So two prompts that share
+a piece share its ids, token for token, whatever stands behind it; and what a speaker says can
+neither merge with the template's tokens nor turn into one of the tokenizer's special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+# A token that covers more characters than this in ordinary text is rare; the bound only keeps a
+# megabyte of text from being tokenized in order to use its first hundred tokens.
+_CHARACTERS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTokens:
+    """The ids that a template's control marks stand for with one tokenizer.
+
+    `start` opens a trunk, `separator` stands between its parts, and the answer is read at the
+    last of `answer`. A tokenizer without such tokens has none (`start`, `answer`), or a line
+    break (`separator`).
+    """
+
+    start: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, list[int]]:
+        """The three lists of ids, as `bundle.json` holds them."""
+        return {
+            "start": list(self.start),
+            "separator": list(self.separator),
+            "answer": list(self.answer),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Sequence[int]]) -> ControlTokens:
+        """Read what `to_json` wrote."""
+        return cls(tuple(value["start"]), tuple(value["separator"]), tuple(value["answer"]))
+
+
+def control_tokens(tokenizer: Tokenizer, special: Mapping[str, str]) -> ControlTokens:
+    """The control tokens of a tokenizer, from its Hugging Face special-token map.
+
+    `special` maps names such as `bos_token` and `mask_token` to token texts.
+    """
+
+    def ids(*names: str) -> tuple[int, ...]:
+        for name in names:
+            token = tokenizer.token_to_id(special[name]) if name in special else None
+            if token is not None:
+                return (token,)
+        return ()
+
+    line_break = tuple(tokenizer.encode("\n", add_special_tokens=False).ids)
+    return ControlTokens(
+        start=ids("bos_token", "cls_token"),
+        separator=ids("sep_token") or line_break,
+        answer=ids("mask_token"),
+    )
+
+
+class SegmentTokenizer:
+    """A `tokenizers.Tokenizer` that encodes segments without special tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, controls: ControlTokens) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Text that looks like a special token is split like any other text.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.controls = controls
+        # Added tokens that are not special (`<tool_call>` in some chat models) are still matched
+        # in text; their ids never leave `content`. The unknown token is one that text may yield.
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        self._forbidden = frozenset(
+            id_
+            for id_, added in tokenizer.get_added_tokens_decoder().items()
+            if added.content != unknown
+        )
+        self.template = lru_cache(maxsize=4096)(self._encode)
+
+    @classmethod
+    def from_file(cls, path: Path, controls: ControlTokens) -> SegmentTokenizer:
+        """Load a `tokenizer.json`."""
+        return cls(Tokenizer.from_file(str(path)), controls)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def content(self, text: str, limit: int) -> tuple[int, ...]:
+        """Ids of a speaker's text, at most `limit` of them, none a control token."""
+        ids = self._encode(text[: limit * _CHARACTERS_PER_TOKEN])
+        return tuple(id_ for id_ in ids if id_ not in self._forbidden)[:limit]

@@ -1,0 +1,134 @@
+"""Any Hugging Face causal language model, run over packs. Needs torch.
+
+Training, evaluation in training, export and the torch scorer all run a model through
+`PackedModel`, so the numbers that a bundle gives are those that were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ercbatch.answers import AnswerHead
+from ercbatch.tree import Pack
+
+
+class Batch(NamedTuple):
+    """Packs side by side: `tokens`, `positions`, `ends` are [packs, length]; `reads` is [reads].
+
+    A read is an index into the flattened [packs * length].
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    ends: Tensor
+    reads: Tensor
+
+
+def collate(packs: Sequence[Pack]) -> Batch:
+    """Packs padded to the longest. A padding token is seen by nothing but itself."""
+    length = max(len(pack) for pack in packs)
+    tokens = np.zeros((len(packs), length), dtype=np.int64)
+    positions = np.zeros_like(tokens)
+    ends = np.tile(np.arange(1, length + 1, dtype=np.int64), (len(packs), 1))
+    reads: list[int] = []
+    for row, pack in enumerate(packs):
+        tokens[row, : len(pack)] = pack.tokens
+        positions[row, : len(pack)] = pack.positions
+        ends[row, : len(pack)] = pack.ends
+        reads += [row * length + index for index, _, _ in pack.reads]
+    return Batch(*(torch.from_numpy(a) for a in (tokens, positions, ends, np.array(reads, int))))
+
+
+class _StateTap(nn.Module):
+    """Stands in for the output embedding and keeps what would have been multiplied by it.
+
+    It returns a slice, so that no vocabulary-sized product is computed and whatever the model
+    does to its logits afterwards costs nothing (`AnswerHead` does it for the rows it needs).
+    """
+
+    bias = None
+    states: Tensor
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.states = states
+        return states[..., :1]
+
+
+class PackedModel(nn.Module):
+    """A causal language model as a function from packs to hidden states at the answers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tap = _StateTap()
+        self.head: Any = model.get_output_embeddings()
+        if self.head is None:
+            raise ValueError("the model has no output embedding: it is not a causal language model")
+        model.set_output_embeddings(self.tap)
+        config = model.config
+        # BERT's decoder takes a [batch, query, key] mask of zeros and ones, the others a
+        # [batch, 1, query, key] one in the form of their attention implementation.
+        self._bert = config.model_type == "bert"
+        self._additive = config._attn_implementation == "eager"
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with its own output embedding back in place, to save or generate with."""
+        self.model.set_output_embeddings(self.head)
+        try:
+            yield self.model
+        finally:
+            self.model.set_output_embeddings(self.tap)
+
+    def forward(self, tokens: Tensor, positions: Tensor, ends: Tensor, reads: Tensor) -> Tensor:
+        """Hidden states [reads, hidden]: what the output embedding is multiplied with."""
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        sees = (index[None, None, :] <= index[None, :, None]) & (
+            index[None, :, None] < ends[:, None, :]
+        )
+        mask = sees.to(torch.float32) if self._bert else sees[:, None]
+        if not self._bert and self._additive:
+            dtype = self.model.get_input_embeddings().weight.dtype
+            mask = (~mask).to(dtype) * torch.finfo(dtype).min
+        # BERT's own table of token types is as long as its positions; a pack may be longer.
+        types = {"token_type_ids": torch.zeros_like(tokens)} if self._bert else {}
+        self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
+            **types,
+        )
+        states = self.tap.states
+        return states.reshape(-1, states.shape[-1])[reads]
+
+    def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [reads, tokens] of those vocabulary ids."""
+        bias = None if self.head.bias is None else self.head.bias[tokens]
+        scale, softcap = logit_transform(self.model.config)
+        logits = nn.functional.linear(states, self.head.weight[tokens].to(states.dtype), bias)
+        logits = logits * scale
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    def answer_head(self, tokens: Sequence[int]) -> AnswerHead:
+        """The rows of the output embedding for these vocabulary ids, sorted."""
+        ids = sorted(set(tokens))
+        weight = self.head.weight.detach()[ids].float().cpu().numpy()
+        bias = np.zeros(len(ids), dtype=np.float32)
+        if self.head.bias is not None:
+            bias = self.head.bias.detach()[ids].float().cpu().numpy()
+        scale, softcap = logit_transform(self.model.config)
+        return AnswerHead(np.array(ids, dtype=np.int64), weight, bias, scale, softcap)
+
+
+def logit_transform(config: Any) -> tuple[float, float]:
+    """(scale, softcap) that an architecture applies to its logits; softcap 0 is none."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale, float(getattr(config, "final_logit_softcapping", None) or 0.0)

@@ -1,0 +1,1 @@
+"""LoRA and full-parameter multi-task training of causal language models on dialogues."""
