@@ -177,21 +177,41 @@ def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
     )
 
 
-def pack(trees: Iterable[tuple[int, Tree]], length: int) -> Iterator[Pack]:
-    """Packs of at most `length` tokens, in input order; a longer tree is a pack of its own.
+class Packer:
+    """Fills packs of at most `length` tokens in input order; a longer tree is a pack of its own.
 
     Which trees share a pack depends on nothing but the trees' order and sizes.
     """
-    waiting: list[tuple[int, Tree]] = []
-    used = 0
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._waiting: list[tuple[int, Tree]] = []
+        self._used = 0
+
+    def add(self, owner: int, tree: Tree) -> Pack | None:
+        """Take a tree; the pack that it no longer fitted into, if it filled one."""
+        full = self.rest() if self._used + len(tree) > self._length else None
+        self._waiting.append((owner, tree))
+        self._used += len(tree)
+        return full
+
+    def rest(self) -> Pack | None:
+        """The pack begun, as it is."""
+        packed = join(self._waiting) if self._waiting else None
+        self._waiting, self._used = [], 0
+        return packed
+
+
+def pack(trees: Iterable[tuple[int, Tree]], length: int) -> Iterator[Pack]:
+    """All packs of (owner, tree) pairs: see `Packer`."""
+    packer = Packer(length)
     for owner, tree in trees:
-        if waiting and used + len(tree) > length:
-            yield join(waiting)
-            waiting, used = [], 0
-        waiting.append((owner, tree))
-        used += len(tree)
-    if waiting:
-        yield join(waiting)
+        full = packer.add(owner, tree)
+        if full is not None:
+            yield full
+    last = packer.rest()
+    if last is not None:
+        yield last
 
 
 class Renderer:

@@ -1,0 +1,254 @@
+"""Bundles: one folder that labels. Written complete or not at all, checked before it is used.
+
+A bundle from a stranger is data. Only the files that `bundle.json` lists are ever opened, each
+after its size and SHA-256 have been compared, and their formats (JSON, JSONL, safetensors,
+tokenizer.json, ONNX) carry no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ercbatch.errors import BundleError, UsageError
+from ercbatch.labels import LabelSet
+from ercbatch.tokens import ControlTokens
+from ercbatch.tree import Window
+
+FORMAT = (1, 0)
+"""Version of the format: another major number is refused, a newer minor one too."""
+
+MANIFEST = "bundle.json"
+MODEL = "model.onnx"
+HEAD = "answer_head.safetensors"
+TOKENIZER = "tokenizer.json"
+ENCODER = "encoder.onnx"
+ENCODER_TOKENIZER = "encoder_tokenizer.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file's size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """What `bundle.json` says."""
+
+    name: str
+    version: str
+    """The ercbatch that wrote it."""
+    label_sets: tuple[LabelSet, ...]
+    """The first is the default."""
+    template: str
+    template_version: int
+    controls: ControlTokens
+    window: Window
+    later_turns: int
+    """Turns after the utterance that `--context both` shows."""
+    pack_tokens: int
+    demonstrations: int
+    """Demonstrations a question shows by default."""
+    temperatures: Mapping[str, float]
+    """Label set name -> temperature fitted on validation data."""
+    quantization: str
+    base: str
+    data: tuple[str, ...]
+    """What it was trained on, with licences."""
+    licence: str
+    quality: Mapping[str, Any]
+    """Figures measured with this very bundle."""
+    files: Mapping[str, FileDigest] = dataclasses.field(default_factory=dict)
+
+    def label_set(self, name: str | None) -> LabelSet:
+        """The label set of that name; the default one for None.
+
+        Raises:
+            UsageError: the bundle has no such label set.
+        """
+        if name is None:
+            return self.label_sets[0]
+        for labels in self.label_sets:
+            if labels.name == name:
+                return labels
+        names = ", ".join(labels.name for labels in self.label_sets)
+        raise UsageError(f"bundle {self.name!r} has no label set {name!r}: choose from {names}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `bundle.json` holds them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["label_sets"] = [labels.to_json() for labels in self.label_sets]
+        values["controls"] = self.controls.to_json()
+        values["window"] = dataclasses.asdict(self.window)
+        values["files"] = {
+            name: dataclasses.asdict(digest) for name, digest in sorted(self.files.items())
+        }
+        return {"format": ".".join(map(str, FORMAT)), **values}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BundleInfo:
+        """Read what `to_json` wrote; a missing or odd value raises KeyError or TypeError."""
+        values = {f.name: value[f.name] for f in dataclasses.fields(cls)}
+        values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
+        values["controls"] = ControlTokens.from_json(value["controls"])
+        values["window"] = Window(**value["window"])
+        values["data"] = tuple(value["data"])
+        values["files"] = {
+            name: FileDigest(int(f["size"]), str(f["sha256"]))
+            for name, f in value["files"].items()
+        }
+        if not values["label_sets"]:
+            raise KeyError("label_sets")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle whose files have been verified."""
+
+    folder: Path
+    info: BundleInfo
+
+    def path(self, name: str) -> Path:
+        """The path of a listed file.
+
+        Raises:
+            BundleError: the bundle does not list it.
+        """
+        if name not in self.info.files:
+            raise BundleError(f"{self.folder}: the bundle has no {name}: export it again")
+        return self.folder / name
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(digest.size for digest in self.info.files.values())
+
+
+def find_bundle(name: str) -> Path:
+    """The folder of a bundle: a folder as it is, or the name of a bundle in the package.
+
+    Raises:
+        BundleError: neither.
+    """
+    if os.sep in name or Path(name, MANIFEST).exists():
+        return Path(name)
+    packaged = Path(str(resources.files("ercbatch").joinpath("bundles")))
+    if (packaged / name / MANIFEST).exists():
+        return packaged / name
+    built_in = sorted(p.parent.name for p in packaged.glob(f"*/{MANIFEST}"))
+    raise BundleError(
+        f"no bundle {name!r}: give a bundle folder (one with {MANIFEST} in it), or a bundle in "
+        f"the package: {', '.join(built_in) or 'there is none'}"
+    )
+
+
+def read_info(folder: Path) -> BundleInfo:
+    """Read `bundle.json` alone.
+
+    Raises:
+        BundleError: missing, not readable, or of a format that this program does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_bytes())
+        major, minor = (int(part) for part in value["format"].split("."))
+        if major != FORMAT[0] or minor > FORMAT[1]:
+            raise BundleError(
+                f"{path}: format {major}.{minor} is not known here (this ercbatch reads "
+                f"{FORMAT[0]}.0 to {FORMAT[0]}.{FORMAT[1]}): upgrade ercbatch"
+            )
+        info = BundleInfo.from_json(value)
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"{folder}: not a bundle, it has no {MANIFEST}: name a folder that "
+            "`python -m export` or `ercbatch bank build` wrote"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        raise BundleError(
+            f"{path}: not a bundle description ({type(error).__name__}: {error}): "
+            "export the bundle again"
+        ) from error
+    for name in info.files:
+        if not name or Path(name).name != name or name.startswith("."):
+            raise BundleError(f"{path}: {name!r} is not a plain file name: do not use this bundle")
+    return info
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Verify every file of a bundle against `bundle.json`, then hand it out.
+
+    Raises:
+        BundleError: a file is missing or altered; the message names it and the mending command.
+    """
+    info = read_info(folder)
+    mend = "get the bundle again, or write it anew with `python -m export`"
+    if folder.parent == Path(str(resources.files("ercbatch").joinpath("bundles"))):
+        mend = "run `pip install --force-reinstall --no-deps ercbatch`"
+    for name, expected in info.files.items():
+        path = folder / name
+        try:
+            if path.is_symlink() or path.stat().st_size != expected.size:
+                raise BundleError(
+                    f"{path}: its size is not what {MANIFEST} says ({expected.size:,} bytes): "
+                    f"{mend}"
+                )
+            if _sha256(path) != expected.sha256:
+                raise BundleError(f"{path}: altered, its SHA-256 is not {MANIFEST}'s: {mend}")
+        except FileNotFoundError as error:
+            raise BundleError(f"{path}: missing: {mend}") from error
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}: {mend}") from error
+    return Bundle(folder, info)
+
+
+@contextmanager
+def write_bundle(folder: Path, info: BundleInfo, *, force: bool = False) -> Iterator[Path]:
+    """Write a bundle: fill the folder that this yields; it appears as `folder` when complete.
+
+    Raises:
+        UsageError: `folder` exists, and `force` is not given.
+    """
+    if folder.exists() and not force:
+        raise UsageError(f"{folder} exists: choose another folder, or give --force")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield part
+        files = {
+            path.name: FileDigest(path.stat().st_size, _sha256(path))
+            for path in sorted(part.iterdir())
+            if path.name != MANIFEST
+        }
+        text = json.dumps(dataclasses.replace(info, files=files).to_json(), indent=2)
+        (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,134 @@
+"""Labelling in Python: what `ercbatch label` runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from ercbatch import bundle as files
+from ercbatch.answers import AnswerHead
+from ercbatch.bank import DemonstrationBank
+from ercbatch.bundle import Bundle, find_bundle, open_bundle
+from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
+from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import UsageError
+from ercbatch.onnx_scorer import OnnxScorer, available_threads
+from ercbatch.pipeline import Engine, Retriever
+from ercbatch.prompts import template
+from ercbatch.tokens import SegmentTokenizer
+from ercbatch.tree import Renderer
+
+T = TypeVar("T")
+
+
+class Labeler:
+    """Labels dialogues with a bundle.
+
+    Args:
+        bundle: the name of a bundle in the package, or a bundle folder.
+        label_set: one of the bundle's label sets; by default its first.
+        demonstrations: how many similar labelled examples each question shows; by default what
+            the bundle was found best with.
+        context: `past`, or `both` to show each question some later turns too.
+        min_confidence: below it an utterance's emotion is None.
+        scores: give the probability of every label.
+        threads: processor threads of the model; by default all that the process may use.
+
+    Raises:
+        BundleError: the bundle is missing, altered, or not for this program.
+        UsageError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Bundle = "mini",
+        *,
+        label_set: str | None = None,
+        demonstrations: int | None = None,
+        context: str = "past",
+        min_confidence: float = 0.0,
+        scores: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if context not in ("past", "both"):
+            raise UsageError(f"context is {context!r}: choose past or both")
+        if not 0.0 <= min_confidence <= 1.0:
+            raise UsageError("the least confidence must be between 0 and 1")
+        if demonstrations is not None and not 0 <= demonstrations <= 8:
+            raise UsageError("the number of demonstrations must be between 0 and 8")
+        if threads is not None and threads < 1:
+            raise UsageError("the number of threads must be at least 1")
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(find_bundle(bundle))
+        info = opened.info
+        self.bundle = opened
+        self.labels = info.label_set(label_set)
+        self._min_confidence = min_confidence
+        self._scores = scores
+        threads = threads or available_threads()
+        count = info.demonstrations if demonstrations is None else demonstrations
+        window = replace(info.window, future=info.later_turns if context == "both" else 0)
+        self.engine = Engine(
+            scorer=OnnxScorer(
+                opened.path(files.MODEL),
+                AnswerHead.from_tensors(load_file(opened.path(files.HEAD))),
+                threads,
+            ),
+            renderer=Renderer(
+                SegmentTokenizer.from_file(opened.path(files.TOKENIZER), info.controls),
+                template(info.template, info.template_version),
+                window,
+                self.labels.labels,
+            ),
+            temperature=info.temperatures.get(self.labels.name, 1.0),
+            pack_tokens=info.pack_tokens,
+            retriever=open_retriever(opened, threads).restricted(self.labels) if count else None,
+            demonstrations=count,
+        )
+
+    def label(self, dialogues: Iterable[Dialogue | Mapping[str, Any]]) -> Iterator[LabeledDialogue]:
+        """Label dialogues (or records of the contract's form) lazily, in order.
+
+        Raises:
+            RecordError: a record is not a dialogue.
+        """
+        stream = ((None, dialogue_from(dialogue)) for dialogue in dialogues)
+        for _, labeled in self.label_items(stream):
+            assert labeled is not None  # every item of this stream is a dialogue
+            yield labeled
+
+    def label_items(
+        self, items: Iterable[tuple[T, Dialogue | None]]
+    ) -> Iterator[tuple[T, LabeledDialogue | None]]:
+        """Label (origin, dialogue) pairs; a pair without a dialogue passes through in place."""
+        for origin, dialogue, rows in self.engine.run(items):
+            if dialogue is None:
+                yield origin, None
+                continue
+            answers = tuple(self._answer(rows.get(t)) for t in range(len(dialogue.utterances)))
+            yield origin, LabeledDialogue(dialogue, answers)
+
+    def _answer(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
+        if probabilities is None:
+            return UtteranceLabel(None, None)
+        best = int(probabilities.argmax())
+        confidence = round(float(probabilities[best]), 6)
+        scores = None
+        if self._scores:
+            rounded = (round(float(p), 6) for p in probabilities)
+            scores = dict(zip(self.labels.labels, rounded, strict=True))
+        emotion = self.labels.labels[best] if confidence >= self._min_confidence else None
+        return UtteranceLabel(emotion, confidence, scores)
+
+
+def open_retriever(bundle: Bundle, threads: int) -> Retriever:
+    """The retriever of a bundle."""
+    encoder = SentenceEncoder(
+        bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
+    )
+    digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
+    return Retriever(encoder, DemonstrationBank.load(bundle.folder, digests))

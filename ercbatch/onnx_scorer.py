@@ -1,0 +1,73 @@
+"""The ONNX Runtime scorer: no torch, no transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from ercbatch.answers import AnswerHead, FloatArray
+from ercbatch.errors import BundleError
+from ercbatch.scoring import Scorer
+from ercbatch.tree import Pack
+
+
+def available_threads() -> int:
+    """The processors that this process may use: its affinity, and the cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = count or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            threads = min(threads, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return threads
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU.
+
+    Raises:
+        BundleError: the runtime does not accept the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Every pack has another length: memory planned for one shape would not fit the next.
+    options.enable_mem_pattern = False
+    # Waiting threads sleep, so that reading and tokenizing have the processor meanwhile.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime raises its own, undocumented types
+        raise BundleError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}. "
+            "Export the bundle again, or install the onnxruntime that its card names"
+        ) from error
+
+
+class OnnxScorer(Scorer):
+    """Scores packs with `model.onnx`."""
+
+    def __init__(self, path: Path, head: AnswerHead, threads: int) -> None:
+        self.head = head
+        self._session = open_session(path, threads)
+
+    def states(self, pack: Pack) -> FloatArray:
+        """See `Scorer.states`."""
+        states: FloatArray = self._session.run(
+            None,
+            {
+                "tokens": pack.tokens[None].astype(np.int64),
+                "positions": pack.positions[None].astype(np.int64),
+                "ends": pack.ends[None].astype(np.int64),
+                "reads": np.array([index for index, _, _ in pack.reads], dtype=np.int64),
+            },
+        )[0]
+        return states

@@ -1,0 +1,203 @@
+"""Streaming: dialogues in, label probabilities out, in input order, in constant memory.
+
+Rendering (tokenizing, retrieving, packing) runs in a thread of its own, ahead of the scorer by a
+few packs; the matrix products release Python's lock. Which dialogues share a pack depends on
+nothing but their order, so a run over the same input computes the same packs.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.bank import DemonstrationBank
+from ercbatch.dialogues import Dialogue
+from ercbatch.encoder import SentenceEncoder
+from ercbatch.labels import LabelSet
+from ercbatch.scoring import Scorer, calibrated
+from ercbatch.tree import Pack, Packer, Question, Renderer, Task
+
+T = TypeVar("T")
+
+_AHEAD = 4
+"""Packs rendered ahead of the scorer."""
+_RETRIEVED_TOGETHER = 64
+"""Utterances embedded in one call of the sentence encoder, at least."""
+_BEGUN = 256
+"""Dialogues handed on at most without a pack: blank ones never fill any."""
+
+
+def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
+    """Run an iterable in a thread, at most `depth` items ahead; its errors are raised here."""
+    items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        try:
+            for item in source:
+                if not put((True, item)):
+                    return
+        except BaseException as error:  # it is raised again where the items are taken
+            put((False, error))
+        else:
+            put((False, None))
+
+    thread = threading.Thread(target=run, name="ercbatch-render", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, value = items.get()
+            if more:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stopped.set()
+        thread.join(timeout=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Retriever:
+    """Finds demonstrations for utterances."""
+
+    encoder: SentenceEncoder
+    bank: DemonstrationBank
+
+    def restricted(self, labels: LabelSet) -> Retriever:
+        """The retriever over the demonstrations that have a label in this set."""
+        return Retriever(self.encoder, self.bank.restricted(labels))
+
+    def demonstrations(
+        self, texts: list[str], count: int
+    ) -> list[tuple[tuple[str, str], ...]]:
+        """(text, label) pairs for each text, `count` of them where the bank has as many."""
+        found = self.bank.nearest(self.encoder.encode(texts), count, exclude=texts)
+        return [tuple((d.text, d.label) for d in few) for few in found]
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    """A dialogue under way, with what the caller knows it by."""
+
+    origin: T
+    dialogue: Dialogue | None
+    waiting: int = 0
+    """Questions not yet answered."""
+    rows: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """All that turns dialogues into probabilities over one label set."""
+
+    scorer: Scorer
+    renderer: Renderer
+    temperature: float
+    pack_tokens: int
+    retriever: Retriever | None = None
+    demonstrations: int = 0
+
+    def run(
+        self, items: Iterable[tuple[T, Dialogue | None]]
+    ) -> Iterator[tuple[T, Dialogue | None, dict[int, npt.NDArray[np.float64]]]]:
+        """Probabilities [labels] by utterance index, for each (origin, dialogue), in order.
+
+        Utterances with blank text are not asked about. An item without a dialogue passes through
+        in its place.
+        """
+        waiting: deque[_Entry[T]] = deque()
+        for entries, packed in prefetch(self._packs(items), _AHEAD):
+            waiting.extend(entries)
+            if packed is not None:
+                owners, whole = packed
+                for owner, utterance, logs in self.scorer.answers(whole, self.renderer.trie):
+                    entry = owners[owner]
+                    entry.rows[utterance] = calibrated(logs, self.temperature)
+                    entry.waiting -= 1
+            while waiting and not waiting[0].waiting:
+                done = waiting.popleft()
+                yield done.origin, done.dialogue, done.rows
+
+    def _packs(
+        self, items: Iterable[tuple[T, Dialogue | None]]
+    ) -> Iterator[tuple[list[_Entry[T]], tuple[dict[int, _Entry[T]], Pack] | None]]:
+        """Packs in order, each with the entries that begin since the last one."""
+        packer = Packer(self.pack_tokens)
+        begun: list[_Entry[T]] = []
+        open_: dict[int, _Entry[T]] = {}
+
+        def owners(packed: Pack) -> dict[int, _Entry[T]]:
+            named = {owner for _, owner, _ in packed.reads}
+            mine = {owner: open_[owner] for owner in named}
+            # A dialogue's trees follow each other: those before this pack's last are complete.
+            for number in [n for n in open_ if n < max(named)]:
+                del open_[number]
+            return mine
+
+        for number, (entry, questions) in enumerate(self._questions(items)):
+            entry.waiting = len(questions)
+            begun.append(entry)
+            if entry.dialogue is not None and questions:
+                open_[number] = entry
+                for tree in self.renderer.trees(entry.dialogue, questions):
+                    full = packer.add(number, tree)
+                    if full is not None:
+                        yield begun, (owners(full), full)
+                        begun = []
+            if len(begun) >= _BEGUN:
+                yield begun, None
+                begun = []
+        last = packer.rest()
+        yield begun, None if last is None else (owners(last), last)
+
+    def _questions(
+        self, items: Iterable[tuple[T, Dialogue | None]]
+    ) -> Iterator[tuple[_Entry[T], list[Question]]]:
+        group: list[tuple[_Entry[T], list[int]]] = []
+        size = 0
+        for origin, dialogue in items:
+            asked = (
+                [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
+                if dialogue is not None
+                else []
+            )
+            group.append((_Entry(origin, dialogue), asked))
+            size += len(asked)
+            if self.retriever is None or size >= _RETRIEVED_TOGETHER:
+                yield from self._asked(group)
+                group, size = [], 0
+        yield from self._asked(group)
+
+    def _asked(
+        self, group: list[tuple[_Entry[T], list[int]]]
+    ) -> Iterator[tuple[_Entry[T], list[Question]]]:
+        shown: Iterator[tuple[tuple[str, str], ...]] = iter(())
+        if self.retriever is not None and self.demonstrations:
+            texts = [
+                entry.dialogue.utterances[t].text
+                for entry, asked in group
+                if entry.dialogue is not None
+                for t in asked
+            ]
+            if texts:
+                shown = iter(self.retriever.demonstrations(texts, self.demonstrations))
+        for entry, asked in group:
+            yield entry, [Question(Task.EMOTION, t, next(shown, ())) for t in asked]

@@ -1,0 +1,51 @@
+"""Scoring: packs in, a probability for every label of every question out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.answers import AnswerHead, AnswerTrie, FloatArray
+from ercbatch.tree import Pack
+
+
+class Scorer(ABC):
+    """Runs a model over packs. Variants: `OnnxScorer`, `TorchScorer`."""
+
+    head: AnswerHead
+
+    @abstractmethod
+    def states(self, pack: Pack) -> FloatArray:
+        """Hidden states [reads, hidden] of a pack, in the order of its reads."""
+
+    def answers(
+        self, pack: Pack, trie: AnswerTrie
+    ) -> Iterator[tuple[int, int, npt.NDArray[np.float64]]]:
+        """(owner, utterance, label log-probabilities [labels]) of every question in a pack.
+
+        All questions of the pack are answered from `trie`.
+        """
+        logits = self.head.logits(self.states(pack))
+        columns = [self.head.columns(choice.options) for choice in trie.choices]
+        rows: dict[tuple[int, int], list[FloatArray]] = {}
+        for row, (_, owner, read) in zip(logits, pack.reads, strict=True):
+            per_choice = rows.setdefault(
+                (owner, read.question.utterance), [row[:0]] * len(columns)
+            )
+            per_choice[read.choice] = row[columns[read.choice]]
+        for (owner, utterance), choices in rows.items():
+            yield owner, utterance, trie.log_probabilities(choices)
+
+
+def calibrated(
+    log_probabilities: npt.NDArray[np.float64], temperature: float
+) -> npt.NDArray[np.float64]:
+    """Probabilities [..., labels] after temperature scaling (Guo et al. 2017)."""
+    scaled = log_probabilities / temperature
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    odds = np.exp(scaled)
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+

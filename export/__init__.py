@@ -1,0 +1,1 @@
+"""Trained models to bundles: merge, trace, quantize, measure, write."""
