@@ -1,0 +1,235 @@
+"""Publishers' files to dialogue records, with gold labels under the label sets' own names."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ercbatch.errors import InputError, UsageError
+from ercbatch.labels import LabelSet, label_set
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A publisher's format: the label set its labels belong to, and its reader."""
+
+    labels: str
+    read: Callable[[Path, LabelSet], Iterator[Record]]
+
+
+def convert(name: str, source: Path) -> Iterator[Record]:
+    """Dialogue records of a publisher's file (IEMOCAP: of its release folder).
+
+    Raises:
+        UsageError: no such format.
+        InputError: the source is missing or not of that format.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"no format {name!r}: choose from {', '.join(FORMATS)}")
+    chosen = FORMATS[name]
+    return chosen.read(source, label_set(chosen.labels))
+
+
+def decode(data: bytes) -> str:
+    """UTF-8 with stray Windows-1252: each byte, or C1 control, that is none becomes its sign."""
+    pieces: list[str] = []
+    while data:
+        try:
+            pieces.append(data.decode("utf-8"))
+            break
+        except UnicodeDecodeError as bad:
+            pieces.append(data[: bad.start].decode("utf-8"))
+            pieces.append(_windows_1252(data[bad.start]))
+            data = data[bad.start + 1 :]
+    return re.sub("[\x80-\x9f]", lambda c: _windows_1252(ord(c[0])), "".join(pieces))
+
+
+def _windows_1252(byte: int) -> str:
+    # The five bytes that Windows-1252 leaves open become the replacement character.
+    return bytes([byte]).decode("cp1252", "replace")
+
+
+def _text(path: Path) -> str:
+    try:
+        return decode(path.read_bytes()).removeprefix("\ufeff")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """(line, row) of a CSV file that must have these columns."""
+    reader = csv.DictReader(io.StringIO(_text(path)), strict=True)
+    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"{path}, line 1: no column {missing[0]!r}: is it the publisher's CSV?")
+    try:
+        for row in reader:
+            if any(row[name] is None for name in needed):
+                raise InputError(f"{path}, line {reader.line_num}: too few columns: fetch it again")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}: fetch it again") from error
+
+
+def _label(labels: LabelSet, text: str, where: str) -> str:
+    label = labels.canonical(text)
+    if label is None:
+        raise InputError(f"{where}: unknown label {text!r} (known: {', '.join(labels.labels)})")
+    return label
+
+
+def _number(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {text!r} is not a number: fetch the file again") from error
+
+
+def _scenes(rows: Iterator[tuple[tuple[Any, ...], int, Record]]) -> Iterator[tuple[Any, ...]]:
+    """(key, utterances in order) of rows (key, utterance number, utterance), by first key."""
+    scenes: dict[tuple[Any, ...], list[tuple[int, Record]]] = {}
+    for key, number, utterance in rows:
+        scenes.setdefault(key, []).append((number, utterance))
+    for key, numbered in scenes.items():
+        yield key, [utterance for _, utterance in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _meld(path: Path, labels: LabelSet) -> Iterator[Record]:
+    needed = ("Dialogue_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
+
+    def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
+        for line, row in _rows(path, needed):
+            where = f"{path}, line {line}"
+            label = _label(labels, row["Emotion"], where)
+            turn = {"speaker": row["Speaker"], "text": row["Utterance"], "label": label}
+            number = _number(row["Utterance_ID"], where)
+            yield (_number(row["Dialogue_ID"], where),), number, turn
+
+    for (dialogue,), turns in _scenes(utterances()):
+        yield {"id": dialogue, "utterances": turns}
+
+
+def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
+    needed = ("Season", "Episode", "Scene_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
+
+    def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
+        for line, row in _rows(path, needed):
+            where = f"{path}, line {line}"
+            try:
+                speakers = ast.literal_eval(row["Speaker"])
+                speaker = " & ".join(str(name) for name in speakers)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+                raise InputError(f"{where}: Speaker is not a list: {row['Speaker']!r}") from error
+            label = _label(labels, row["Emotion"], where)
+            turn = {"speaker": speaker, "text": row["Utterance"], "label": label}
+            key = tuple(_number(row[name], where) for name in ("Season", "Episode", "Scene_ID"))
+            yield key, _number(row["Utterance_ID"], where), turn
+
+    for (season, episode, scene), turns in _scenes(utterances()):
+        yield {"id": f"s{season:02}e{episode:02}-{scene}", "utterances": turns}
+
+
+_EKMAN = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
+
+
+def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
+    """A comment with one emotion (beside neutral or not) gets it as its label.
+
+    One with several emotions is ambiguous for a task that asks for one: it has no `label`, and
+    all of them in `labels`.
+    """
+    listed = path.with_name("labels.txt")
+    names = tuple(_text(listed).split()) if listed.exists() else _EKMAN
+    for line, row in enumerate(_text(path).split("\n"), start=1):
+        if not row.strip():
+            continue
+        where = f"{path}, line {line}"
+        columns = row.rstrip("\r").split("\t")
+        if len(columns) != 3:
+            raise InputError(f"{where}: not text, label numbers and id: is it GoEmotions' TSV?")
+        numbers = [_number(part, where) for part in columns[1].split(",")]
+        if any(not 0 <= number < len(names) for number in numbers):
+            raise InputError(f"{where}: label number {columns[1]} is not in labels.txt")
+        found = [_label(labels, names[number], where) for number in numbers]
+        emotions = [label for label in found if label != "neutral"] or found
+        turn: Record = {"text": columns[0]}
+        if len(emotions) == 1:
+            turn["label"] = emotions[0]
+        else:
+            turn["labels"] = found
+        yield {"id": columns[2], "utterances": [turn]}
+
+
+def _topical_chat(path: Path, labels: LabelSet) -> Iterator[Record]:
+    try:
+        chats = orjson.loads(_text(path))
+        for name, chat in chats.items():
+            turns = [
+                {
+                    "speaker": turn["agent"],
+                    "text": turn["message"],
+                    "label": _label(labels, turn["sentiment"], f"{path}, chat {name}"),
+                }
+                for turn in chat["content"]
+            ]
+            yield {"id": name, "utterances": turns}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not Topical-Chat's JSON ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+
+
+_SPOKEN = re.compile(r"^(Ses\d\d[FM]_\w+_([FM])\d+) \[[^\]]*\]: ?(.*)$")
+_JUDGED = re.compile(r"^\[[^\]]*\]\t(Ses\d\d[FM]_\w+)\t(\w+)\t")
+_UNUSED = frozenset({"xxx", "sur", "fea", "dis", "oth"})
+
+
+def _iemocap(path: Path, labels: LabelSet) -> Iterator[Record]:
+    """A release folder, or one of its Session folders; the unused labels become no label."""
+    sessions = [path] if (path / "dialog").is_dir() else sorted(path.glob("Session*"))
+    found = False
+    for session in sessions:
+        number = re.search(r"\d+$", session.name)
+        for transcript in sorted((session / "dialog" / "transcriptions").glob("Ses*.txt")):
+            found = True
+            judged = session / "dialog" / "EmoEvaluation" / transcript.name
+            emotions = {
+                m[1]: m[2] for line in _text(judged).split("\n") if (m := _JUDGED.match(line))
+            }
+            turns: list[Record] = []
+            for line, row in enumerate(_text(transcript).splitlines(), start=1):
+                spoken = _SPOKEN.match(row)
+                if spoken is None:  # notes and the speakers' interjections carry no judgement
+                    continue
+                turn: Record = {"id": spoken[1], "speaker": spoken[2], "text": spoken[3]}
+                emotion = emotions.get(spoken[1], "xxx")
+                if emotion not in _UNUSED:
+                    turn["label"] = _label(labels, emotion, f"{transcript}, line {line}")
+                turns.append(turn)
+            if turns:
+                record: Record = {"id": transcript.stem, "utterances": turns}
+                yield {**record, "session": int(number[0])} if number else record
+    if not found:
+        raise InputError(
+            f"{path}: no Session*/dialog/transcriptions/Ses*.txt in it: name the folder of the "
+            "IEMOCAP release"
+        )
+
+
+FORMATS: Mapping[str, Format] = {
+    "meld": Format("meld", _meld),
+    "emorynlp": Format("emorynlp", _emorynlp),
+    "iemocap": Format("iemocap", _iemocap),
+    "goemotions": Format("ekman", _goemotions),
+    "topical-chat": Format("topical-chat", _topical_chat),
+}

@@ -1,0 +1,225 @@
+"""How good labels are, against gold labels in the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.errors import InputError
+from ercbatch.labels import LabelSet, label_set, label_set_names
+
+_BINS = 15
+_COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFigures:
+    """Figures of one label, 0 to 1; `support` counts its gold utterances."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True, slots=True)
+class CoveragePoint:
+    """Answering only the surest `coverage` of utterances errs in `risk` of them.
+
+    `confidence` is the least confidence among them: what to give as `--min-confidence`.
+    """
+
+    coverage: float
+    risk: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures between 0 and 1, as scikit-learn defines them.
+
+    Macro F1 is the mean over the labels that occur in gold. An abstention (no emotion for a text
+    with a gold label) counts as a wrong answer. `ece` is the expected calibration error over 15
+    equal bins of confidence, of the answered utterances.
+    """
+
+    labels: tuple[str, ...]
+    utterances: int
+    unlabelled: int
+    abstained: int
+    weighted_f1: float
+    macro_f1: float
+    accuracy: float
+    ece: float
+    per_label: Mapping[str, LabelFigures]
+    confusion: npt.NDArray[np.int64]
+    """Gold in rows, predicted in columns, in the order of `labels`."""
+    coverage: tuple[CoveragePoint, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {
+            "weighted_f1": self.weighted_f1,
+            "macro_f1": self.macro_f1,
+            "accuracy": self.accuracy,
+            "ece": self.ece,
+            "per_label": {
+                name: {"precision": f.precision, "recall": f.recall, "f1": f.f1, "support": f.support}
+                for name, f in self.per_label.items()
+            },
+            "confusion": self.confusion.tolist(),
+            "labels": list(self.labels),
+            "utterances": self.utterances,
+            "unlabelled": self.unlabelled,
+            "abstained": self.abstained,
+            "coverage": [
+                {"coverage": p.coverage, "risk": p.risk, "confidence": p.confidence}
+                for p in self.coverage
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One utterance: gold label, predicted label or None, and its confidence."""
+
+    gold: str
+    predicted: str | None
+    confidence: float
+
+
+def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
+    """The utterances of labelled records; None for one without a gold label or without text.
+
+    Raises:
+        InputError: a record that `ercbatch label` did not write.
+    """
+    for number, record in enumerate(records, start=1):
+        turns = record.get("utterances", record.get("messages"))
+        if not isinstance(turns, list):
+            raise InputError(f"dialogue {number}: no utterances: is it the output of a labelling?")
+        for turn in turns:
+            if "emotion" not in turn:
+                raise InputError(
+                    f"dialogue {number}: an utterance has no `emotion`: run `ercbatch label` first"
+                )
+            gold, text = turn.get("label"), turn.get("text", turn.get("content", ""))
+            if not isinstance(gold, str) or not str(text).strip():
+                yield None
+            else:
+                yield Judged(gold, turn["emotion"], float(turn.get("confidence") or 0.0))
+
+
+def guess_label_set(found: Sequence[Judged]) -> LabelSet:
+    """The smallest built-in label set that all predictions and gold labels belong to."""
+    predicted = {j.predicted for j in found if j.predicted is not None}
+    gold = {j.gold for j in found}
+    fitting = [
+        s
+        for s in map(label_set, label_set_names())
+        if predicted <= set(s.labels) and all(s.canonical(label) for label in gold)
+    ]
+    if fitting:
+        return min(fitting, key=len)
+    labels = tuple(sorted(predicted | gold))
+    return LabelSet("labels of the file", labels if len(labels) > 1 else (*labels, "(other)"))
+
+
+def evaluate(records: Iterable[Mapping[str, Any]], labels: LabelSet | None = None) -> Evaluation:
+    """Evaluate labelled records that have gold labels.
+
+    Raises:
+        InputError: no gold label at all, one outside the label set, or unlabelled records.
+    """
+    every = list(judged(records))
+    found = [j for j in every if j is not None]
+    if not found:
+        raise InputError("no utterance has a gold `label`: there is nothing to evaluate")
+    labels = labels or guess_label_set(found)
+    gold = np.array([_index(labels, j.gold) for j in found])
+    predicted = np.array([-1 if j.predicted is None else _index(labels, j.predicted) for j in found])
+    confidence = np.array([j.confidence for j in found])
+    return _figures(labels, gold, predicted, confidence, len(every) - len(found))
+
+
+def _index(labels: LabelSet, name: str) -> int:
+    own = labels.canonical(name)
+    if own is None:
+        raise InputError(
+            f"label {name!r} is not in the label set {labels.name} ({', '.join(labels.labels)}): "
+            "name the right one with --label-set"
+        )
+    return labels.index(own)
+
+
+def f1_figures(
+    gold: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], labels: int
+) -> tuple[float, float, float]:
+    """(weighted F1, macro F1, accuracy) of label indices [n]; -1 is an abstention."""
+    f1, _, _, support, _ = _per_label(gold, predicted, labels)
+    present = support > 0
+    return (
+        float((f1 * support).sum() / support.sum()),
+        float(f1[present].mean()),
+        float((gold == predicted).mean()),
+    )
+
+
+def _per_label(gold: Any, predicted: Any, labels: int) -> tuple[Any, Any, Any, Any, Any]:
+    confusion = np.zeros((labels, labels), dtype=np.int64)
+    answered = predicted >= 0
+    np.add.at(confusion, (gold[answered], predicted[answered]), 1)
+    support = np.bincount(gold, minlength=labels)
+    right = np.diag(confusion)
+    precision = right / np.maximum(confusion.sum(0), 1)
+    recall = right / np.maximum(support, 1)
+    f1 = 2 * right / np.maximum(confusion.sum(0) + support, 1)
+    return f1, precision, recall, support, confusion
+
+
+def expected_calibration_error(
+    confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]
+) -> float:
+    """Mean gap between confidence and accuracy over 15 equal bins (Naeini et al. 2015)."""
+    if not len(confidence):
+        return 0.0
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).sum()
+        for b in np.unique(bins)
+    ]
+    return float(sum(gaps) / len(confidence))
+
+
+def _figures(labels: LabelSet, gold: Any, predicted: Any, confidence: Any, unlabelled: int) -> Evaluation:
+    f1, precision, recall, support, confusion = _per_label(gold, predicted, len(labels))
+    weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
+    answered = predicted >= 0
+    right = gold == predicted
+    order = np.argsort(-confidence, kind="stable")
+    wrong_so_far = np.cumsum(~right[order])
+    points = []
+    for coverage in _COVERAGES:
+        count = max(1, round(coverage * len(gold)))
+        risk = float(wrong_so_far[count - 1] / count)
+        points.append(CoveragePoint(coverage, risk, float(confidence[order[count - 1]])))
+    return Evaluation(
+        labels=labels.labels,
+        utterances=len(gold),
+        unlabelled=unlabelled,
+        abstained=int((~answered).sum()),
+        weighted_f1=weighted,
+        macro_f1=macro,
+        accuracy=accuracy,
+        ece=expected_calibration_error(confidence[answered], right[answered]),
+        per_label={
+            name: LabelFigures(float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]))
+            for i, name in enumerate(labels.labels)
+        },
+        confusion=confusion,
+        coverage=tuple(points),
+    )

@@ -1,0 +1,226 @@
+"""JSONL in: files, folders, globs and stdin to dialogues; a bad line costs one line."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import orjson
+import zstandard
+
+from ercbatch.dialogues import Dialogue, parse_dialogue
+from ercbatch.errors import InputError, RecordError
+
+STDIN = "-"
+_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
+_GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
+_RAW = 200
+"""Characters of a bad line that its reject shows."""
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+MOST_LINE_BYTES = 64 << 20
+MOST_TURNS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where a line stands: `line` from 1, `byte` its offset in the decompressed file."""
+
+    file: str
+    line: int
+    byte: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A line that is a dialogue."""
+
+    at: Line
+    dialogue: Dialogue
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A line that is none: `code` for programs, `reason` for people, `raw` its beginning."""
+
+    at: Line
+    code: str
+    reason: str
+    raw: str
+
+    def to_record(self) -> dict[str, str | int]:
+        """The reject as it is written."""
+        return {
+            "file": self.at.file,
+            "line": self.at.line,
+            "byte": self.at.byte,
+            "code": self.code,
+            "reason": self.reason,
+            "raw": self.raw,
+        }
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines seen so far. At the end lines = accepted + rejected + blank."""
+
+    lines: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    blank: int = 0
+
+
+def expand_inputs(names: Sequence[str]) -> list[str]:
+    """Files, folders (their JSONL files, sorted), glob patterns and `-`, as file names.
+
+    Raises:
+        InputError: nothing of that name.
+    """
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if name == STDIN or path.is_file():
+            files.append(name)
+        elif path.is_dir():
+            inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS))
+            if not inside:
+                raise InputError(f"{name}: no JSONL file in this folder (*.jsonl, .gz, .zst)")
+            files += inside
+        elif matched := sorted(p for p in glob.glob(name) if Path(p).is_file()):
+            files += matched
+        elif path.exists():  # a pipe or a device
+            files.append(name)
+        else:
+            raise InputError(f"{name}: no such file: check the name")
+    return files
+
+
+def open_input(name: str) -> BinaryIO:
+    """A file or stdin (`-`) for reading, decompressed if it is gzip or Zstandard.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    try:
+        raw = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115
+        buffered = cast(io.BufferedReader, raw)
+        magic = buffered.peek(4)[:4]
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    if magic.startswith(_GZIP):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
+    if magic.startswith(_ZSTD):
+        reader = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 16))
+    return buffered
+
+
+def read_records(name: str, counts: Counts) -> Iterator[Accepted | Reject]:
+    """Every line of an input that is not blank, in order; `counts` is kept up to date.
+
+    Lines are split at \\n only. A line over 64 MiB is skipped without being held in memory.
+
+    Raises:
+        InputError: the file breaks off, or is UTF-16.
+    """
+    shown = "<stdin>" if name == STDIN else name
+    with open_input(name) as stream:
+        number = byte = 0
+        while True:
+            try:
+                line = stream.readline(MOST_LINE_BYTES + 1)
+                size = len(line)
+                long = size > MOST_LINE_BYTES
+                if long:
+                    size += 0 if line.endswith(b"\n") else _skip_line(stream)
+                    line = line[: 4 * _RAW]
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                raise InputError(
+                    f"{shown}, after line {number}: the file is broken there ({error}): "
+                    "fetch or compress it again"
+                ) from error
+            if not size:
+                return
+            number += 1
+            at = Line(shown, number, byte)
+            byte += size
+            if number == 1:
+                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise InputError(f"{shown}: UTF-16 text: convert it to UTF-8 (iconv -t UTF-8)")
+                line = line.removeprefix(_BOM)
+            counts.lines += 1
+            if not long and not line.strip():
+                counts.blank += 1
+                continue
+            try:
+                if long:
+                    raise RecordError("too_long", f"the line has over {MOST_LINE_BYTES:,} bytes")
+                dialogue = _parse(line)
+            except RecordError as error:
+                counts.rejected += 1
+                raw = line[: 4 * _RAW].decode("utf-8", "replace").rstrip("\r\n")[:_RAW]
+                yield Reject(at, error.code, error.reason, raw)
+            else:
+                counts.accepted += 1
+                yield Accepted(at, dialogue)
+
+
+def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
+    """(line number, dialogue) of every line of a file in which a bad line is an error.
+
+    Raises:
+        InputError: a line is not a dialogue.
+    """
+    for item in read_records(str(path), Counts()):
+        if isinstance(item, Reject):
+            raise InputError(f"{path}, line {item.at.line}: {item.reason}: mend or remove the line")
+        yield item.at.line, item.dialogue
+
+
+def dump_record(record: object) -> bytes:
+    """A record as a JSON line."""
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _parse(line: bytes) -> Dialogue:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as bad:
+            raise RecordError(
+                "encoding", f"not UTF-8 at byte {bad.start} of the line"
+            ) from error
+        raise RecordError("json", f"not JSON: {error}") from error
+    if _LONG_NUMBER.search(line):
+        json.loads(line, parse_int=_check_integer)
+    dialogue = parse_dialogue(value)
+    if len(dialogue.utterances) > MOST_TURNS:
+        raise RecordError("too_many_turns", f"the dialogue has over {MOST_TURNS:,} turns")
+    return dialogue
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read on to the end of the line; the bytes read."""
+    skipped = 0
+    while piece := stream.readline(1 << 20):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _check_integer(digits: str) -> int:
+    # orjson turns an integer beyond 64 bits into a float: the user's own field would change.
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 64:
+        raise RecordError("number", f"an integer beyond 64 bits ({digits[:24]}…): quote it")
+    return int(digits)
