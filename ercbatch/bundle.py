@@ -13,8 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -108,8 +107,7 @@ class BundleInfo:
         values["window"] = Window(**value["window"])
         values["data"] = tuple(value["data"])
         values["files"] = {
-            name: FileDigest(int(f["size"]), str(f["sha256"]))
-            for name, f in value["files"].items()
+            name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in value["files"].items()
         }
         if not values["label_sets"]:
             raise KeyError("label_sets")
@@ -217,9 +215,10 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, info)
 
 
-@contextmanager
-def write_bundle(folder: Path, info: BundleInfo, *, force: bool = False) -> Iterator[Path]:
-    """Write a bundle: fill the folder that this yields; it appears as `folder` when complete.
+def write_bundle(folder: Path, fill: Callable[[Path], BundleInfo], *, force: bool = False) -> None:
+    """Write a bundle: `fill` writes its files into the folder it is given and describes them.
+
+    The bundle appears as `folder` when it is complete, or not at all.
 
     Raises:
         UsageError: `folder` exists, and `force` is not given.
@@ -229,15 +228,15 @@ def write_bundle(folder: Path, info: BundleInfo, *, force: bool = False) -> Iter
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        yield part
+        info = fill(part)
         files = {
             path.name: FileDigest(path.stat().st_size, _sha256(path))
             for path in sorted(part.iterdir())
-            if path.name != MANIFEST
         }
         text = json.dumps(dataclasses.replace(info, files=files).to_json(), indent=2)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in part.iterdir():
+            path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         part.chmod(0o755)
@@ -252,3 +251,27 @@ def write_bundle(folder: Path, info: BundleInfo, *, force: bool = False) -> Iter
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(folder: Path, info: BundleInfo) -> str:
+    """What a bundle is, for people."""
+    window = info.window
+    rows = [
+        ("bundle", f"{info.name}, in {folder}"),
+        ("written by", f"ercbatch {info.version}, format {FORMAT[0]}.{FORMAT[1]}"),
+        ("base", info.base),
+        ("quantization", info.quantization),
+        *(("label set", f"{s.name}: {', '.join(s.labels)}") for s in info.label_sets),
+        ("template", f"{info.template}, version {info.template_version}"),
+        (
+            "window",
+            f"{window.turns} earlier turns, stride {window.stride}, {window.max_tokens} tokens; "
+            f"{info.later_turns} later turns with --context both",
+        ),
+        ("demonstrations", f"{info.demonstrations} a question"),
+        *(("data", source) for source in info.data),
+        ("licence", info.licence),
+        *(("measured", f"{name}: {value}") for name, value in info.quality.items()),
+        *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
+    ]
+    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)

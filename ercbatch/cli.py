@@ -80,26 +80,37 @@ def main() -> None:
 @main.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="File to write; default: stdout, as a transcript where that is a terminal.",
 )
 @click.option("--bundle", default="mini", show_default=True, help="Bundle name or folder.")
 @click.option("--label-set", help="Which of the bundle's label sets; default: its first.")
 @click.option("--demos", type=click.IntRange(0, 8), metavar="K", help="Demonstrations a question.")
 @click.option(
-    "--context", type=click.Choice(["past", "both"]), default="past", show_default=True,
+    "--context",
+    type=click.Choice(["past", "both"]),
+    default="past",
+    show_default=True,
     help="Whether a question may see later turns too.",
 )
 @click.option(
-    "--min-confidence", type=click.FloatRange(0, 1), default=0.0, metavar="P",
+    "--min-confidence",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="P",
     help="Below it the emotion is null.",
 )
 @click.option("--scores", is_flag=True, help="Write the probability of every label.")
 @click.option(
-    "--rejects", type=click.Path(dir_okay=False, path_type=Path),
+    "--rejects",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="File for bad lines; default: OUTPUT.rejects.jsonl.",
 )
-@click.option("--max-errors", type=click.IntRange(0), metavar="N", help="Give up after N bad lines.")
+@click.option(
+    "--max-errors", type=click.IntRange(0), metavar="N", help="Give up after N bad lines."
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Processor threads.")
 @click.option("--dry-run", is_flag=True, help="Check input and bundle, and estimate the time.")
@@ -168,7 +179,10 @@ def label(
 @click.argument("format", type=click.Choice(_PUBLISHERS))
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Dialogue JSONL to write.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -263,8 +277,14 @@ def bank() -> None:
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write."
 )
 @click.option("--label-set", help="Whose labels the examples have; default: the bundle's first.")
-@click.option("--demos", type=click.IntRange(1, 8), default=3, show_default=True, metavar="K",
-              help="Demonstrations a question shows with the new bundle.")
+@click.option(
+    "--demos",
+    type=click.IntRange(1, 8),
+    default=3,
+    show_default=True,
+    metavar="K",
+    help="Demonstrations a question shows with the new bundle.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def bank_build(
     examples: Path, name: str, output: Path, label_set: str | None, demos: int, force: bool
@@ -275,4 +295,3 @@ def bank_build(
 
         count = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
     click.echo(f"{output}: {count:,} demonstrations", err=True)
-

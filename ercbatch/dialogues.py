@@ -98,9 +98,7 @@ def parse_dialogue(value: object) -> Dialogue:
         if not isinstance(text, str):
             raise RecordError("bad_text", f"`{text_key}` of {key} {number} is not a string")
         if speaker is not None and not isinstance(speaker, str):
-            raise RecordError(
-                "bad_speaker", f"`{speaker_key}` of {key} {number} is not a string"
-            )
+            raise RecordError("bad_speaker", f"`{speaker_key}` of {key} {number} is not a string")
         if label is not None and not isinstance(label, str):
             raise RecordError("bad_label", f"`label` of {key} {number} is not a string")
         utterances.append(Utterance(text, speaker or "", label))

@@ -1,11 +1,11 @@
 """The errors of ercbatch.
 
-    ErcbatchError                 exit 1
-    ├── UsageError                exit 2: the call or its settings are wrong
-    │   └── MissingExtraError     an optional dependency is not installed
-    ├── InputError                exit 4: an input file cannot be used at all
-    ├── RecordError               one input line is bad: it becomes a reject, the run goes on
-    └── BundleError               exit 4: a bundle is missing, altered, or not for this program
+ErcbatchError                 exit 1
+├── UsageError                exit 2: the call or its settings are wrong
+│   └── MissingExtraError     an optional dependency is not installed
+├── InputError                exit 4: an input file cannot be used at all
+├── RecordError               one input line is bad: it becomes a reject, the run goes on
+└── BundleError               exit 4: a bundle is missing, altered, or not for this program
 """
 
 from __future__ import annotations

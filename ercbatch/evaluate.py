@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
 
 from ercbatch.errors import InputError
 from ercbatch.labels import LabelSet, label_set, label_set_names
@@ -68,7 +70,12 @@ class Evaluation:
             "accuracy": self.accuracy,
             "ece": self.ece,
             "per_label": {
-                name: {"precision": f.precision, "recall": f.recall, "f1": f.f1, "support": f.support}
+                name: {
+                    "precision": f.precision,
+                    "recall": f.recall,
+                    "f1": f.f1,
+                    "support": f.support,
+                }
                 for name, f in self.per_label.items()
             },
             "confusion": self.confusion.tolist(),
@@ -141,7 +148,9 @@ def evaluate(records: Iterable[Mapping[str, Any]], labels: LabelSet | None = Non
         raise InputError("no utterance has a gold `label`: there is nothing to evaluate")
     labels = labels or guess_label_set(found)
     gold = np.array([_index(labels, j.gold) for j in found])
-    predicted = np.array([-1 if j.predicted is None else _index(labels, j.predicted) for j in found])
+    predicted = np.array(
+        [-1 if j.predicted is None else _index(labels, j.predicted) for j in found]
+    )
     confidence = np.array([j.confidence for j in found])
     return _figures(labels, gold, predicted, confidence, len(every) - len(found))
 
@@ -195,7 +204,9 @@ def expected_calibration_error(
     return float(sum(gaps) / len(confidence))
 
 
-def _figures(labels: LabelSet, gold: Any, predicted: Any, confidence: Any, unlabelled: int) -> Evaluation:
+def _figures(
+    labels: LabelSet, gold: Any, predicted: Any, confidence: Any, unlabelled: int
+) -> Evaluation:
     f1, precision, recall, support, confusion = _per_label(gold, predicted, len(labels))
     weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
     answered = predicted >= 0
@@ -223,3 +234,26 @@ def _figures(labels: LabelSet, gold: Any, predicted: Any, confidence: Any, unlab
         confusion=confusion,
         coverage=tuple(points),
     )
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Print the tables of an evaluation."""
+    console = Console(highlight=False)
+    console.print(
+        f"{found.utterances:,} utterances ({found.unlabelled:,} without gold label or text, "
+        f"{found.abstained:,} abstained)\n"
+        f"weighted F1 {found.weighted_f1:.2%}   macro F1 {found.macro_f1:.2%}   "
+        f"accuracy {found.accuracy:.2%}   calibration error {found.ece:.3f}\n"
+    )
+    per_label = Table("label", "precision", "recall", "F1", "gold", title="By label")
+    for name, f in found.per_label.items():
+        shares = (f"{value:.1%}" for value in (f.precision, f.recall, f.f1))
+        per_label.add_row(name, *shares, str(f.support))
+    confusion = Table("gold \\ predicted", *found.labels, title="Confusion")
+    for name, row in zip(found.labels, found.confusion, strict=True):
+        confusion.add_row(name, *(str(count) for count in row))
+    coverage = Table("coverage", "risk", "--min-confidence", title="Answering only the surest")
+    for point in found.coverage:
+        coverage.add_row(f"{point.coverage:.0%}", f"{point.risk:.1%}", f"{point.confidence:.3f}")
+    for table in (per_label, confusion, coverage):
+        console.print(table)

@@ -69,6 +69,7 @@ class Labeler:
         self.labels = info.label_set(label_set)
         self._min_confidence = min_confidence
         self._scores = scores
+        self._context = context
         threads = threads or available_threads()
         count = info.demonstrations if demonstrations is None else demonstrations
         window = replace(info.window, future=info.later_turns if context == "both" else 0)
@@ -89,6 +90,16 @@ class Labeler:
             retriever=open_retriever(opened, threads).restricted(self.labels) if count else None,
             demonstrations=count,
         )
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        """The settings that the labels depend on, as a run's manifest records them."""
+        return {
+            "label_set": self.labels.name,
+            "demonstrations": self.engine.demonstrations,
+            "context": self._context,
+            "min_confidence": self._min_confidence,
+            "scores": self._scores,
+        }
 
     def label(self, dialogues: Iterable[Dialogue | Mapping[str, Any]]) -> Iterator[LabeledDialogue]:
         """Label dialogues (or records of the contract's form) lazily, in order.

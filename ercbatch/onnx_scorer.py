@@ -42,9 +42,7 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     # Waiting threads sleep, so that reading and tokenizing have the processor meanwhile.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own, undocumented types
         raise BundleError(
             f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}. "

@@ -85,9 +85,7 @@ class Retriever:
         """The retriever over the demonstrations that have a label in this set."""
         return Retriever(self.encoder, self.bank.restricted(labels))
 
-    def demonstrations(
-        self, texts: list[str], count: int
-    ) -> list[tuple[tuple[str, str], ...]]:
+    def demonstrations(self, texts: list[str], count: int) -> list[tuple[tuple[str, str], ...]]:
         """(text, label) pairs for each text, `count` of them where the bank has as many."""
         found = self.bank.nearest(self.encoder.encode(texts), count, exclude=texts)
         return [tuple((d.text, d.label) for d in few) for few in found]

@@ -197,9 +197,7 @@ def _parse(line: bytes) -> Dialogue:
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as bad:
-            raise RecordError(
-                "encoding", f"not UTF-8 at byte {bad.start} of the line"
-            ) from error
+            raise RecordError("encoding", f"not UTF-8 at byte {bad.start} of the line") from error
         raise RecordError("json", f"not JSON: {error}") from error
     if _LONG_NUMBER.search(line):
         json.loads(line, parse_int=_check_integer)

@@ -23,6 +23,9 @@ from ercbatch.progress import Progress
 from ercbatch.records import STDIN, Accepted, Counts, Reject, dump_record, read_records
 from ercbatch.transcript import print_dialogue, printable
 
+_TIMED = 200
+"""Utterances that a dry run labels to estimate the speed, about."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
@@ -248,3 +251,34 @@ def write_manifest(
     }
     path = output.with_name(output.name + ".manifest.json")
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
+    """Read all of the input, verify the bundle, time some dialogues; what a run would come to.
+
+    Raises:
+        UsageError: the input is stdin, which can be read only once.
+    """
+    if STDIN in options.inputs:
+        raise UsageError("--dry-run reads the input twice, and stdin can be read only once")
+    if options.output is not None:
+        _check_output(options.output, options)
+    loaded = labeler()
+    counts = Counts()
+    utterances = 0
+    sample: list[Dialogue] = []
+    for item, dialogue in _items(options.inputs, counts):
+        if dialogue is not None:
+            utterances += len(dialogue.utterances)
+            if sum(len(d.utterances) for d in sample) < _TIMED:
+                sample.append(dialogue)
+        elif options.rejects is None and isinstance(item, Reject):
+            print(f"{printable(item.at.file)}, line {item.at.line}: {item.reason}", file=sys.stderr)
+    began = time.monotonic()
+    timed = sum(len(labeled.labels) for labeled in loaded.label(sample))
+    seconds = (time.monotonic() - began) * utterances / max(1, timed)
+    return (
+        f"{counts.accepted:,} dialogues, {utterances:,} utterances; {counts.rejected:,} lines to "
+        f"reject, {counts.blank:,} blank. Bundle {loaded.bundle.info.name} is whole. "
+        f"Labelling would take about {seconds:,.0f} s"
+    )

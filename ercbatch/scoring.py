@@ -32,9 +32,7 @@ class Scorer(ABC):
         columns = [self.head.columns(choice.options) for choice in trie.choices]
         rows: dict[tuple[int, int], list[FloatArray]] = {}
         for row, (_, owner, read) in zip(logits, pack.reads, strict=True):
-            per_choice = rows.setdefault(
-                (owner, read.question.utterance), [row[:0]] * len(columns)
-            )
+            per_choice = rows.setdefault((owner, read.question.utterance), [row[:0]] * len(columns))
             per_choice[read.choice] = row[columns[read.choice]]
         for (owner, utterance), choices in rows.items():
             yield owner, utterance, trie.log_probabilities(choices)
@@ -48,4 +46,3 @@ def calibrated(
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     odds = np.exp(scaled)
     return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
-

@@ -92,6 +92,10 @@ class SegmentTokenizer:
         """Load a `tokenizer.json`."""
         return cls(Tokenizer.from_file(str(path)), controls)
 
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        self._tokenizer.save(str(path))
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 

@@ -15,7 +15,44 @@ import torch
 from torch import Tensor, nn
 
 from ercbatch.answers import AnswerHead
+from ercbatch.errors import UsageError
+from ercbatch.tokens import SegmentTokenizer, control_tokens
 from ercbatch.tree import Pack
+
+
+def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:
+    """A causal language model and its tokenizer, from a checkpoint folder or a hub id.
+
+    Weights come from safetensors only, and no code comes with them.
+
+    Raises:
+        UsageError: not a causal language model, or a config that asks to run code.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise UsageError(f"{source}: no model there: {error}") from error
+    for key in raw:
+        # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
+        # (CVE-2026-4372). Neither has a place in a file of data.
+        if key == "auto_map" or key.startswith("_attn_implementation"):
+            raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, **settings
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{source}: cannot be loaded as a causal language model: {error}"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(f"{source}: has no fast tokenizer (tokenizer.json): convert it first")
+    controls = control_tokens(backend, tokenizer.special_tokens_map)
+    return model, SegmentTokenizer(backend, controls)
 
 
 class Batch(NamedTuple):

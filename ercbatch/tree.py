@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ercbatch.answers import AnswerTrie, answer_trie
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
-from ercbatch.prompts import Content, Control, Piece, Template, Text, clean
+from ercbatch.prompts import Control, Piece, Template, Text, clean
 from ercbatch.tokens import SegmentTokenizer
 
 IntArray = npt.NDArray[np.int32]
@@ -388,9 +388,7 @@ class _Scene:
             room = self._window.max_tokens - head - len(branch) - longest
             stop = self.last_visible(question) + 1
             while question.demonstrations and room < before[stop] - before[question.utterance]:
-                question = Question(
-                    question.task, question.utterance, question.demonstrations[:-1]
-                )
+                question = Question(question.task, question.utterance, question.demonstrations[:-1])
                 branch = self.branch(question)
                 room = self._window.max_tokens - head - len(branch) - longest
             first = question.utterance - question.utterance % self._window.stride

@@ -29,9 +29,7 @@ class PooledEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean of the token states under the mask, scaled to length 1."""
-        states = self.model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
         return nn.functional.normalize(mean, dim=-1)
@@ -71,9 +69,7 @@ def export_encoder(source: Path, folder: Path, *, quantize: bool = True) -> None
         {"embeddings": {0: "batch"}},
     )
     onnx.save(quantize_graph(traced) if quantize else traced, folder / bundle.ENCODER)
-    Tokenizer.from_file(str(source / "tokenizer.json")).save(
-        str(folder / bundle.ENCODER_TOKENIZER)
-    )
+    Tokenizer.from_file(str(source / "tokenizer.json")).save(str(folder / bundle.ENCODER_TOKENIZER))
 
 
 def trace(

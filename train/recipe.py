@@ -60,6 +60,10 @@ class Recipe:
     demonstrations: float = 0.0
     """Share of the dialogues whose questions carry one to `demonstrations_most` of them."""
     demonstrations_most: int = 3
+    encoder: str = ""
+    """Folder with an exported sentence encoder, for demonstrations: `python -m export encoder`."""
+    bank_per_label: int = 200
+    """Demonstrations of each label in a training bank; the bank is balanced over labels."""
     same_label: bool = True
     """Demonstrate with the gold label only. The paper does, and measures a gain from it."""
     later_turns: float = 0.0
@@ -81,6 +85,8 @@ class Recipe:
             if task not in ("emotion", "impact"):
                 raise UsageError(f"recipe: no task {task!r}: choose from emotion, impact")
         template(self.template)
+        if self.demonstrations and not self.encoder:
+            raise UsageError("recipe: demonstrations need an encoder: name its folder")
         for source in (*self.train, *self.valid):
             label_set(source.labels)
             if not 0 < source.fraction <= 1:
@@ -110,8 +116,9 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         )
     if "window" in values:
         values["window"] = _build(path, Window, values["window"])
-    if "base" in values and (path.parent / values["base"]).exists():
-        values["base"] = str(path.parent / values["base"])
+    for key in ("base", "encoder"):
+        if key in values and (path.parent / values[key]).exists():
+            values[key] = str(path.parent / values[key])
     for key in ("tasks", "betas", "lora_targets"):
         if key in values:
             values[key] = tuple(values[key])

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ercbatch.bank import DemonstrationBank
+from ercbatch.bank import Demonstration, DemonstrationBank, balance
 from ercbatch.dialogues import Dialogue
+from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import InputError
 from ercbatch.labels import LabelSet, label_set
 from ercbatch.prompts import template
@@ -62,12 +64,26 @@ def read_dataset(source: Source) -> Dataset:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One tree, with the label set's renderer and its dataset and dialogue."""
+class TrainingBank:
+    """A dataset's own demonstrations, and the vector of each of its texts."""
 
-    tree: Tree
-    dataset: int
-    dialogue: Dialogue
+    bank: DemonstrationBank
+    vectors: Mapping[str, npt.NDArray[np.float32]]
+
+
+def training_bank(dataset: Dataset, encoder: SentenceEncoder, recipe: Recipe) -> TrainingBank:
+    """The bank of a training split, balanced over labels."""
+    examples = [
+        Demonstration(u.text, u.label)
+        for d in dataset.dialogues
+        for u in d.utterances
+        if u.label is not None and u.text.strip()
+    ]
+    texts = list(dict.fromkeys(e.text for e in examples))
+    vectors = dict(zip(texts, encoder.encode(texts), strict=True))
+    kept = balance(examples, recipe.bank_per_label, recipe.seed)
+    bank = DemonstrationBank(kept, np.stack([vectors[e.text] for e in kept]))
+    return TrainingBank(bank, vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +109,7 @@ class Sampler:
         recipe: Recipe,
         datasets: Sequence[Dataset],
         tokenizer: SegmentTokenizer,
-        banks: Mapping[int, tuple[DemonstrationBank, Mapping[str, np.ndarray]]],
+        banks: Mapping[int, TrainingBank],
     ) -> None:
         self._recipe = recipe
         self._datasets = datasets
@@ -125,9 +141,7 @@ class Sampler:
             later = bool(random.random() < self._recipe.later_turns)
             questions = self._questions(i, dialogue, random)
             if questions:
-                trees += [
-                    (owner, t) for t in self._renderers[i, later].trees(dialogue, questions)
-                ]
+                trees += [(owner, t) for t in self._renderers[i, later].trees(dialogue, questions)]
         packs = list(pack(trees, self._recipe.pack_tokens))
         # Packs of like length share a step, so that little is padded; steps come in random order.
         size = self._recipe.packs_per_step
@@ -136,20 +150,18 @@ class Sampler:
         for at in random.permutation(len(steps)):
             yield self._step([packs[p] for p in steps[at]], drawn)
 
-    def _questions(
-        self, i: int, dialogue: Dialogue, random: np.random.Generator
-    ) -> list[Question]:
+    def _questions(self, i: int, dialogue: Dialogue, random: np.random.Generator) -> list[Question]:
         recipe = self._recipe
         asked = [t for t, u in enumerate(dialogue.utterances) if u.label and u.text.strip()]
         questions = []
         shown: dict[int, tuple[tuple[str, str], ...]] = {}
         if i in self._banks and random.random() < recipe.demonstrations and asked:
-            bank, vectors = self._banks[i]
+            own = self._banks[i]
             count = int(random.integers(1, recipe.demonstrations_most + 1))
             texts = [dialogue.utterances[t].text for t in asked]
             gold = [dialogue.utterances[t].label for t in asked] if recipe.same_label else None
-            found = bank.nearest(
-                np.stack([vectors[text] for text in texts]), count, labels=gold, exclude=texts
+            found = own.bank.nearest(
+                np.stack([own.vectors[text] for text in texts]), count, labels=gold, exclude=texts
             )
             shown = {
                 t: tuple((d.text, d.label) for d in demonstrations)

@@ -1,0 +1,97 @@
+"""`python -m export`: a training run to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ercbatch.errors import ErcbatchError
+
+
+class _Failure(click.ClickException):
+    def __init__(self, error: ErcbatchError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Merge, quantize, measure, and write bundles."""
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+def encoder(source: Path, output: Path) -> None:
+    """Export a sentence-transformers model with mean pooling, quantized."""
+    from export.encoder import export_encoder
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        export_encoder(source, output)
+    except ErcbatchError as error:
+        raise _Failure(error) from error
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder."
+)
+@click.option("--name", required=True, help="The bundle's name.")
+@click.option(
+    "--encoder",
+    "encoder_folder",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What `python -m export encoder` wrote.",
+)
+@click.option(
+    "--examples",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Demonstrations: JSONL with text and label.",
+)
+@click.option(
+    "--demos",
+    type=click.IntRange(0, 8),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Demonstrations a question shows by default.",
+)
+@click.option("--quantize", type=click.Choice(["int8", "fp32"]), default="int8", show_default=True)
+@click.option("--licence", required=True, help="Licence of the weights.")
+@click.option(
+    "--provenance", multiple=True, help="What it was trained on, with licence; repeatable."
+)
+@click.option("--base-name", help="What to call the base; default: the recipe's.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def bundle(
+    run: Path,
+    output: Path,
+    name: str,
+    encoder_folder: Path,
+    examples: Path,
+    demos: int,
+    quantize: str,
+    licence: str,
+    provenance: tuple[str, ...],
+    base_name: str | None,
+    force: bool,
+) -> None:
+    """Write the bundle of a RUN folder that `python -m train fit` wrote."""
+    from export.bundle import BundleOptions, export_bundle
+
+    options = BundleOptions(
+        name, encoder_folder, examples, demos, quantize, licence, provenance, base_name
+    )
+    try:
+        click.echo(export_bundle(run, output, options, force=force))
+    except ErcbatchError as error:
+        raise _Failure(error) from error
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m export")

@@ -1,0 +1,194 @@
+"""A training run to a bundle: merge, trace, quantize, calibrate, measure, write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from peft import PeftModel
+from safetensors.numpy import save_file
+
+from ercbatch import bundle as files
+from ercbatch.bank import DemonstrationBank, read_examples
+from ercbatch.bundle import BundleInfo, write_bundle
+from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import UsageError
+from ercbatch.evaluate import expected_calibration_error
+from ercbatch.labels import LabelSet, label_set
+from ercbatch.onnx_scorer import OnnxScorer, available_threads
+from ercbatch.pipeline import Engine
+from ercbatch.prompts import template
+from ercbatch.scoring import Scorer, calibrated
+from ercbatch.tokens import SegmentTokenizer
+from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.torch_scorer import TorchScorer
+from ercbatch.tree import Renderer, Window
+from export.model import export_scorer
+from export.quantize import quantize_graph
+from train.recipe import Source
+from train.samples import Dataset, read_dataset
+from train.validate import Predictions, predict
+
+_QUANTIZATION = {
+    "int8": "int8 weights within ±63, int8 activations per token; int8 embedding rows",
+    "fp32": "none (float32)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BundleOptions:
+    """What the run does not say about its bundle."""
+
+    name: str
+    encoder: Path
+    examples: Path
+    demonstrations: int
+    quantize: str
+    licence: str
+    provenance: tuple[str, ...]
+    base_name: str | None = None
+
+
+def load_run(run: Path) -> tuple[Mapping[str, Any], PackedModel, SegmentTokenizer]:
+    """(run.json, the model with its adapter merged, tokenizer) of a run folder.
+
+    Raises:
+        UsageError: not a run folder, or its base is missing.
+    """
+    path = run / "run.json"
+    try:
+        described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        recipe = described["recipe"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
+        ) from error
+    settings = {"attn_implementation": "eager"}
+    if recipe["method"] == "full":
+        # save_pretrained wrote no tokenizer files: the run's own tokenizer.json is beside it.
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            run / "model", use_safetensors=True, **settings
+        )
+    else:
+        model, _ = load_causal_lm(recipe["base"], **settings)
+        model = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload()
+    controls = files.ControlTokens.from_json(described["controls"])
+    tokenizer = SegmentTokenizer.from_file(run / files.TOKENIZER, controls)
+    return described, PackedModel(model.float().eval()), tokenizer
+
+
+def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: bool = False) -> str:
+    """Write the bundle of a run; a summary of what was measured."""
+    described, model, tokenizer = load_run(run)
+    recipe = described["recipe"]
+    window = Window(**recipe["window"])
+    sets = tuple(label_set(name) for name in dict.fromkeys(s["labels"] for s in recipe["train"]))
+    wording = template(recipe["template"])
+    renderers = {s.name: Renderer(tokenizer, wording, window, s.labels) for s in sets}
+    tokens = sorted({token for r in renderers.values() for token in r.trie.tokens})
+    head = model.answer_head(tokens)
+    held_out = [read_dataset(Source(**source)) for source in recipe["valid"]]
+    graph = export_scorer(model)
+    if options.quantize == "int8":
+        graph = quantize_graph(graph)
+    lines: list[str] = []
+
+    def fill(part: Path) -> BundleInfo:
+        onnx.save(graph, part / files.MODEL)
+        save_file(dict(head.tensors()), part / files.HEAD)
+        tokenizer.save(part / files.TOKENIZER)
+        for name in (files.ENCODER, files.ENCODER_TOKENIZER):
+            shutil.copyfile(options.encoder / name, part / name)
+        encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
+        examples = read_examples(options.examples, sets[0])
+        DemonstrationBank(examples, encoder.encode([e.text for e in examples])).save(part)
+        scorer = OnnxScorer(part / files.MODEL, head, available_threads())
+        original = TorchScorer(model, tokens)
+        temperatures: dict[str, float] = {}
+        quality: dict[str, Any] = {}
+        for dataset in held_out:
+            name = dataset.labels.name
+            found = _measure(scorer, renderers[name], dataset, recipe["pack_tokens"])
+            reference = _measure(original, renderers[name], dataset, recipe["pack_tokens"])
+            temperatures[name], figures = _figures(found, reference)
+            quality[f"{name}, validation split"] = figures
+            lines.append(f"{name}: {figures}")
+        info = BundleInfo(
+            name=options.name,
+            version=version("ercbatch"),
+            label_sets=sets,
+            template=wording.name,
+            template_version=wording.version,
+            controls=tokenizer.controls,
+            window=window,
+            later_turns=recipe["later_window"] if recipe["later_turns"] else 0,
+            pack_tokens=recipe["pack_tokens"],
+            demonstrations=options.demonstrations,
+            temperatures=temperatures,
+            quantization=_QUANTIZATION[options.quantize],
+            base=options.base_name or recipe["base"],
+            data=(*options.provenance, f"demonstrations: {len(examples)} written examples"),
+            licence=options.licence,
+            quality=quality,
+        )
+        (part / files.CARD).write_text(_card(info, sets), encoding="utf-8")
+        return info
+
+    write_bundle(folder, fill, force=force)
+    return "\n".join(lines)
+
+
+def _measure(scorer: Scorer, renderer: Renderer, dataset: Dataset, pack_tokens: int) -> Predictions:
+    return predict(Engine(scorer, renderer, 1.0, pack_tokens), dataset.dialogues, dataset.labels)
+
+
+def _figures(found: Predictions, reference: Predictions) -> tuple[float, dict[str, float]]:
+    """(temperature, figures). The temperature is fitted on every other dialogue; the calibration
+    error is measured on the rest."""
+    fitting = found.dialogue % 2 == 0
+    logs = np.log(found.probabilities.clip(1e-12))
+    temperature = fit_temperature(logs[fitting], found.gold[fitting])
+    errors = []
+    for t in (1.0, temperature):
+        probabilities = calibrated(logs[~fitting], t)
+        right = probabilities.argmax(1) == found.gold[~fitting]
+        errors.append(expected_calibration_error(probabilities.max(1), right))
+    same = found.probabilities.argmax(1) == reference.probabilities.argmax(1)
+    figures = found.figures()
+    figures["weighted_f1_float32"] = reference.figures()["weighted_f1"]
+    figures["agreement_with_float32"] = float(same.mean())
+    figures["calibration_error_before"], figures["calibration_error_after"] = errors
+    return temperature, {name: round(value, 4) for name, value in figures.items()}
+
+
+def fit_temperature(logs: np.ndarray, gold: np.ndarray) -> float:
+    """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels]."""
+    grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
+    losses = [
+        -np.log(calibrated(logs, float(t))[np.arange(len(gold)), gold].clip(1e-12)).mean()
+        for t in grid
+    ]
+    return round(float(grid[int(np.argmin(losses))]), 4)
+
+
+def _card(info: BundleInfo, sets: tuple[LabelSet, ...]) -> str:
+    rows = [f"# {info.name}", "", "A bundle for `ercbatch label`: an emotion for every utterance."]
+    rows += ["", f"- Base: {info.base}", f"- Quantization: {info.quantization}"]
+    rows += [f"- Data: {source}" for source in info.data]
+    rows += [f"- Licence: {info.licence}", "", "## Label sets", ""]
+    rows += [f"- `{s.name}`: {', '.join(s.labels)}" for s in sets]
+    rows += ["", "## Measured with this bundle", ""]
+    for name, figures in info.quality.items():
+        rows += [f"### {name}", "", "| figure | value |", "|---|---|"]
+        rows += [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]
+        rows.append("")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,78 @@
+"""Figures on held-out dialogues, by the very engine that labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.dialogues import Dialogue
+from ercbatch.evaluate import f1_figures
+from ercbatch.labels import LabelSet
+from ercbatch.pipeline import Engine
+from ercbatch.prompts import template
+from ercbatch.tokens import SegmentTokenizer
+from ercbatch.torch_model import PackedModel
+from ercbatch.torch_scorer import TorchScorer
+from ercbatch.tree import Renderer
+from train.recipe import Recipe
+from train.samples import Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Gold label indices [n], probabilities [n, labels], and each one's dialogue [n]."""
+
+    gold: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+    dialogue: npt.NDArray[np.int64]
+
+    def figures(self) -> dict[str, float]:
+        """Weighted F1, macro F1 and accuracy."""
+        labels = self.probabilities.shape[1]
+        weighted, macro, accuracy = f1_figures(self.gold, self.probabilities.argmax(1), labels)
+        return {"weighted_f1": weighted, "macro_f1": macro, "accuracy": accuracy}
+
+
+def predict(engine: Engine, dialogues: Iterable[Dialogue], labels: LabelSet) -> Predictions:
+    """What an engine says of every utterance that has a gold label."""
+    gold, rows, owners = [], [], []
+    for number, dialogue, answers in engine.run(enumerate(dialogues)):
+        assert dialogue is not None  # every item is a dialogue
+        for t, row in answers.items():
+            label = dialogue.utterances[t].label
+            if label is not None:
+                gold.append(labels.index(label))
+                rows.append(row)
+                owners.append(number)
+    return Predictions(np.array(gold), np.array(rows), np.array(owners))
+
+
+class Validation:
+    """Held-out datasets and the engine of each."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        tokenizer: SegmentTokenizer,
+        recipe: Recipe,
+        datasets: Sequence[Dataset],
+    ) -> None:
+        wording = template(recipe.template)
+        self._model = model
+        self._pack_tokens = recipe.pack_tokens
+        self._datasets = [
+            (d, Renderer(tokenizer, wording, recipe.window, d.labels.labels)) for d in datasets
+        ]
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Figures by label set, with the model as it is now."""
+        found = {}
+        for dataset, renderer in self._datasets:
+            scorer = TorchScorer(self._model, renderer.trie.tokens)
+            engine = Engine(scorer, renderer, 1.0, self._pack_tokens)
+            predictions = predict(engine, dataset.dialogues, dataset.labels)
+            found[dataset.labels.name] = predictions.figures()
+        return found
