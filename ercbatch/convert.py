@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import io
 import re
@@ -41,29 +42,32 @@ def convert(name: str, source: Path) -> Iterator[Record]:
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 with stray Windows-1252: each byte, or C1 control, that is none becomes its sign."""
-    pieces: list[str] = []
-    while data:
-        try:
-            pieces.append(data.decode("utf-8"))
-            break
-        except UnicodeDecodeError as bad:
-            pieces.append(data[: bad.start].decode("utf-8"))
-            pieces.append(_windows_1252(data[bad.start]))
-            data = data[bad.start + 1 :]
-    return re.sub("[\x80-\x9f]", lambda c: _windows_1252(ord(c[0])), "".join(pieces))
+    """UTF-8 with stray Windows-1252: bytes that are no UTF-8, and C1 controls, become its signs."""
+    text = data.decode("utf-8", "ercbatch-windows-1252")
+    return re.sub("[\x80-\x9f]", lambda control: _windows_1252(control[0].encode("latin-1")), text)
 
 
-def _windows_1252(byte: int) -> str:
+def _windows_1252(data: bytes) -> str:
     # The five bytes that Windows-1252 leaves open become the replacement character.
-    return bytes([byte]).decode("cp1252", "replace")
+    return data.decode("cp1252", "replace")
+
+
+def _repair(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return _windows_1252(error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("ercbatch-windows-1252", _repair)
 
 
 def _text(path: Path) -> str:
     try:
         return decode(path.read_bytes()).removeprefix("\ufeff")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}): name a file of the publisher's release"
+        ) from error
 
 
 def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
@@ -74,8 +78,11 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[st
         raise InputError(f"{path}, line 1: no column {missing[0]!r}: is it the publisher's CSV?")
     try:
         for row in reader:
-            if any(row[name] is None for name in needed):
-                raise InputError(f"{path}, line {reader.line_num}: too few columns: fetch it again")
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}, line {reader.line_num}: more or fewer columns than in line 1: "
+                    "fetch it again"
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}: fetch it again") from error
@@ -84,7 +91,10 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[st
 def _label(labels: LabelSet, text: str, where: str) -> str:
     label = labels.canonical(text)
     if label is None:
-        raise InputError(f"{where}: unknown label {text!r} (known: {', '.join(labels.labels)})")
+        raise InputError(
+            f"{where}: unknown label {text!r} (known: {', '.join(labels.labels)}): correct it, or "
+            "fetch the file again"
+        )
     return label
 
 
@@ -105,18 +115,24 @@ def _scenes(rows: Iterator[tuple[tuple[Any, ...], int, Record]]) -> Iterator[tup
 
 
 def _meld(path: Path, labels: LabelSet) -> Iterator[Record]:
-    needed = ("Dialogue_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
+    needed = (
+        *("Dialogue_ID", "Utterance_ID", "Season", "Episode"),
+        *("Speaker", "Utterance", "Emotion"),
+    )
+
+    aired: dict[str, Record] = {}
 
     def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
         for line, row in _rows(path, needed):
             where = f"{path}, line {line}"
             label = _label(labels, row["Emotion"], where)
             turn = {"speaker": row["Speaker"], "text": row["Utterance"], "label": label}
-            number = _number(row["Utterance_ID"], where)
-            yield (_number(row["Dialogue_ID"], where),), number, turn
+            episode = {name: _number(row[name.title()], where) for name in ("season", "episode")}
+            aired.setdefault(row["Dialogue_ID"], episode)
+            yield (row["Dialogue_ID"],), _number(row["Utterance_ID"], where), turn
 
     for (dialogue,), turns in _scenes(utterances()):
-        yield {"id": dialogue, "utterances": turns}
+        yield {"id": dialogue, **aired[dialogue], "utterances": turns}
 
 
 def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
@@ -127,19 +143,22 @@ def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
             where = f"{path}, line {line}"
             try:
                 speakers = ast.literal_eval(row["Speaker"])
-                speaker = " & ".join(str(name) for name in speakers)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-                raise InputError(f"{where}: Speaker is not a list: {row['Speaker']!r}") from error
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                speakers = None
+            if not isinstance(speakers, list) or not all(isinstance(s, str) for s in speakers):
+                raise InputError(
+                    f"{where}: Speaker is not a list of names ({row['Speaker'][:80]!r}): fetch the "
+                    "file again"
+                )
+            speaker = " & ".join(speakers)
             label = _label(labels, row["Emotion"], where)
             turn = {"speaker": speaker, "text": row["Utterance"], "label": label}
             key = tuple(_number(row[name], where) for name in ("Season", "Episode", "Scene_ID"))
             yield key, _number(row["Utterance_ID"], where), turn
 
     for (season, episode, scene), turns in _scenes(utterances()):
-        yield {"id": f"s{season:02}e{episode:02}-{scene}", "utterances": turns}
-
-
-_EKMAN = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
+        name = f"s{season:02}e{episode:02}-{scene}"
+        yield {"id": name, "season": season, "episode": episode, "utterances": turns}
 
 
 def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
@@ -149,7 +168,7 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
     all of them in `labels`.
     """
     listed = path.with_name("labels.txt")
-    names = tuple(_text(listed).split()) if listed.exists() else _EKMAN
+    names = tuple(_text(listed).split()) if listed.exists() else labels.labels
     for line, row in enumerate(_text(path).split("\n"), start=1):
         if not row.strip():
             continue
@@ -159,7 +178,10 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
             raise InputError(f"{where}: not text, label numbers and id: is it GoEmotions' TSV?")
         numbers = [_number(part, where) for part in columns[1].split(",")]
         if any(not 0 <= number < len(names) for number in numbers):
-            raise InputError(f"{where}: label number {columns[1]} is not in labels.txt")
+            raise InputError(
+                f"{where}: label {columns[1]} is beyond the {len(names)} labels: put the release's "
+                "labels.txt beside the file"
+            )
         found = [_label(labels, names[number], where) for number in numbers]
         emotions = [label for label in found if label != "neutral"] or found
         turn: Record = {"text": columns[0]}
@@ -171,25 +193,33 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
 
 
 def _topical_chat(path: Path, labels: LabelSet) -> Iterator[Record]:
+    where = str(path)
     try:
         chats = orjson.loads(_text(path))
         for name, chat in chats.items():
+            where = f"{path}, chat {name}"
             turns = [
                 {
-                    "speaker": turn["agent"],
-                    "text": turn["message"],
-                    "label": _label(labels, turn["sentiment"], f"{path}, chat {name}"),
+                    "speaker": _string(turn["agent"]),
+                    "text": _string(turn["message"]),
+                    "label": _label(labels, _string(turn["sentiment"]), where),
                 }
                 for turn in chat["content"]
             ]
             yield {"id": name, "utterances": turns}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: not Topical-Chat's JSON ({type(error).__name__}: {error}): fetch it again"
+            f"{where}: not Topical-Chat's JSON ({type(error).__name__}: {error}): fetch it again"
         ) from error
 
 
-_SPOKEN = re.compile(r"^(Ses\d\d[FM]_\w+_([FM])\d+) \[[^\]]*\]: ?(.*)$")
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is not text")
+    return value
+
+
+_SPOKEN = re.compile(r"^(Ses\d\d[FM]_\w+_([FM])[A-Z]*\d+) \[[^\]]*\]: ?(.*)$")
 _JUDGED = re.compile(r"^\[[^\]]*\]\t(Ses\d\d[FM]_\w+)\t(\w+)\t")
 _UNUSED = frozenset({"xxx", "sur", "fea", "dis", "oth"})
 
@@ -199,16 +229,16 @@ def _iemocap(path: Path, labels: LabelSet) -> Iterator[Record]:
     sessions = [path] if (path / "dialog").is_dir() else sorted(path.glob("Session*"))
     found = False
     for session in sessions:
-        number = re.search(r"\d+$", session.name)
+        number = re.search(r"\d+$", session.resolve().name)
         for transcript in sorted((session / "dialog" / "transcriptions").glob("Ses*.txt")):
             found = True
             judged = session / "dialog" / "EmoEvaluation" / transcript.name
             emotions = {
-                m[1]: m[2] for line in _text(judged).split("\n") if (m := _JUDGED.match(line))
+                m[1]: m[2] for row in _text(judged).split("\n") if (m := _JUDGED.match(row))
             }
             turns: list[Record] = []
-            for line, row in enumerate(_text(transcript).splitlines(), start=1):
-                spoken = _SPOKEN.match(row)
+            for line, row in enumerate(_text(transcript).split("\n"), start=1):
+                spoken = _SPOKEN.match(row.rstrip("\r"))
                 if spoken is None:  # notes and the speakers' interjections carry no judgement
                     continue
                 turn: Record = {"id": spoken[1], "speaker": spoken[2], "text": spoken[3]}

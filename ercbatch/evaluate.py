@@ -1,4 +1,7 @@
-"""How good labels are, against gold labels in the same file."""
+"""How good labels are, against gold labels in the same file.
+
+The figures are scikit-learn's, in numpy: at run time it would weigh more than all the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from ercbatch.errors import InputError
+from ercbatch.dialogues import parse_dialogue
+from ercbatch.errors import InputError, RecordError
 from ercbatch.labels import LabelSet, label_set, label_set_names
+from ercbatch.transcript import printable
 
 _BINS = 15
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -33,6 +38,7 @@ class CoveragePoint:
     """Answering only the surest `coverage` of utterances errs in `risk` of them.
 
     `confidence` is the least confidence among them: what to give as `--min-confidence`.
+    Abstentions come last and count as errors, so the points beyond the share answered say little.
     """
 
     coverage: float
@@ -42,11 +48,12 @@ class CoveragePoint:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures between 0 and 1, as scikit-learn defines them.
+    """Figures between 0 and 1 over the utterances that have text and a gold label.
 
-    Macro F1 is the mean over the labels that occur in gold. An abstention (no emotion for a text
-    with a gold label) counts as a wrong answer. `ece` is the expected calibration error over 15
-    equal bins of confidence, of the answered utterances.
+    The others are only counted, in `unlabelled`. Macro F1 is the mean over the labels that occur
+    in gold. An abstention (no emotion for a text with a gold label) counts as a wrong answer.
+    `ece` is the expected calibration error over 15 equal bins of confidence, of the answered
+    utterances.
     """
 
     labels: tuple[str, ...]
@@ -106,23 +113,34 @@ def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
         InputError: a record that `ercbatch label` did not write.
     """
     for number, record in enumerate(records, start=1):
-        turns = record.get("utterances", record.get("messages"))
-        if not isinstance(turns, list):
-            raise InputError(f"dialogue {number}: no utterances: is it the output of a labelling?")
-        for turn in turns:
-            if "emotion" not in turn:
+        try:
+            utterances = parse_dialogue(record).utterances
+        except RecordError as error:
+            raise InputError(f"dialogue {number}: {error.reason}: mend or remove it") from error
+        turns = record["utterances" if "utterances" in record else "messages"]
+        for utterance, turn in zip(utterances, turns, strict=True):
+            emotion, confidence = turn.get("emotion", 0), turn.get("confidence")
+            if emotion is not None and not isinstance(emotion, str):
                 raise InputError(
                     f"dialogue {number}: an utterance has no `emotion`: run `ercbatch label` first"
                 )
-            gold, text = turn.get("label"), turn.get("text", turn.get("content", ""))
-            if not isinstance(gold, str) or not str(text).strip():
+            if not utterance.text.strip() or not (utterance.label or "").strip():
                 yield None
+            elif isinstance(confidence, int | float) and 0 <= confidence <= 1:
+                yield Judged(utterance.label or "", emotion, float(confidence))
             else:
-                yield Judged(gold, turn["emotion"], float(turn.get("confidence") or 0.0))
+                raise InputError(
+                    f"dialogue {number}: the confidence of an emotion is {confidence!r}, not "
+                    "between 0 and 1: run `ercbatch label` again"
+                )
 
 
 def guess_label_set(found: Sequence[Judged]) -> LabelSet:
-    """The smallest built-in label set that all predictions and gold labels belong to."""
+    """The smallest built-in label set that all predictions and gold labels belong to.
+
+    Predictions belong under the set's own names, gold labels under any spelling that it knows.
+    Where none fits, the labels found are the set.
+    """
     predicted = {j.predicted for j in found if j.predicted is not None}
     gold = {j.gold for j in found}
     fitting = [
@@ -132,7 +150,9 @@ def guess_label_set(found: Sequence[Judged]) -> LabelSet:
     ]
     if fitting:
         return min(fitting, key=len)
-    labels = tuple(sorted(predicted | gold))
+    # The same label in other letters is one label, under the name that predictions give it.
+    spelled = {name.casefold(): name for name in (*sorted(gold), *sorted(predicted))}
+    labels = tuple(sorted(spelled.values()))
     return LabelSet("labels of the file", labels if len(labels) > 1 else (*labels, "(other)"))
 
 
@@ -211,7 +231,7 @@ def _figures(
     weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
     answered = predicted >= 0
     right = gold == predicted
-    order = np.argsort(-confidence, kind="stable")
+    order = np.lexsort((-confidence, ~answered))
     wrong_so_far = np.cumsum(~right[order])
     points = []
     for coverage in _COVERAGES:
@@ -236,24 +256,39 @@ def _figures(
     )
 
 
-def print_evaluation(found: Evaluation) -> None:
-    """Print the tables of an evaluation."""
-    console = Console(highlight=False)
+def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+    """Print the tables of an evaluation (by default to stdout)."""
+    # Labels come from the file: they are neither markup nor terminal controls.
+    console = console or Console(highlight=False, markup=False)
+    names = [printable(name) for name in found.labels]
+    # rich cuts a table to the width, and takes a pipe for 80 columns.
+    console.width = max(console.width, 20 + 10 * len(names))
+    answered = 1 - found.abstained / found.utterances
     console.print(
-        f"{found.utterances:,} utterances ({found.unlabelled:,} without gold label or text, "
-        f"{found.abstained:,} abstained)\n"
+        f"{found.utterances:,} utterances ({found.unlabelled:,} more without gold label or text), "
+        f"{answered:.1%} answered\n"
         f"weighted F1 {found.weighted_f1:.2%}   macro F1 {found.macro_f1:.2%}   "
-        f"accuracy {found.accuracy:.2%}   calibration error {found.ece:.3f}\n"
+        f"accuracy {found.accuracy:.2%}   calibration error {found.ece:.3f}",
+        soft_wrap=True,
     )
-    per_label = Table("label", "precision", "recall", "F1", "gold", title="By label")
-    for name, f in found.per_label.items():
+    per_label = _table("By label", "label", "precision", "recall", "F1", "gold")
+    for name, f in zip(names, found.per_label.values(), strict=True):
         shares = (f"{value:.1%}" for value in (f.precision, f.recall, f.f1))
-        per_label.add_row(name, *shares, str(f.support))
-    confusion = Table("gold \\ predicted", *found.labels, title="Confusion")
-    for name, row in zip(found.labels, found.confusion, strict=True):
+        per_label.add_row(name, *shares, f"{f.support:,}")
+    confusion = _table("Gold in rows, predicted in columns", "", *(name[:6] for name in names))
+    for name, row in zip(names, found.confusion, strict=True):
         confusion.add_row(name, *(str(count) for count in row))
-    coverage = Table("coverage", "risk", "--min-confidence", title="Answering only the surest")
+    coverage = _table("Answering only the surest", "coverage", "risk", "--min-confidence")
     for point in found.coverage:
         coverage.add_row(f"{point.coverage:.0%}", f"{point.risk:.1%}", f"{point.confidence:.3f}")
     for table in (per_label, confusion, coverage):
+        console.print()
         console.print(table)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -14,15 +14,23 @@ from ercbatch.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A named, ordered set of labels, and other spellings (`aliases`) of them."""
+    """A named, ordered set of labels, and other spellings (`aliases`) of them.
+
+    Raises:
+        UsageError: fewer than two labels, a blank one, two that differ in case only, or an alias
+            of a label that is not in the set.
+    """
 
     name: str
     labels: tuple[str, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise UsageError(f"label set {self.name!r}: needs two or more different labels")
+        different = {label.strip().casefold() for label in self.labels} - {""}
+        if len(different) != len(self.labels) or len(self.labels) < 2:
+            raise UsageError(
+                f"label set {self.name!r}: needs two or more labels, none blank, all different"
+            )
         for alias, label in self.aliases.items():
             if label not in self.labels:
                 raise UsageError(
@@ -58,11 +66,15 @@ class LabelSet:
         """
         try:
             labels, aliases = value["labels"], value.get("aliases", {})
-            if not all(isinstance(text, str) for text in (*labels, *aliases, *aliases.values())):
-                raise TypeError("labels and aliases must be strings")
+            if not isinstance(labels, list) or not all(
+                isinstance(text, str) for text in (*labels, *aliases, *aliases.values())
+            ):
+                raise TypeError("labels is a list of strings, aliases maps strings to strings")
             return cls(str(value["name"]), tuple(labels), dict(aliases))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"not a label set (name, labels, aliases): {error}") from error
+            raise UsageError(
+                f"not a label set (an object with name, labels, aliases): {error}"
+            ) from error
 
 
 @cache

@@ -6,28 +6,33 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import orjson
 import zstandard
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
-from ercbatch.errors import InputError, RecordError
+from ercbatch.errors import InputError, RecordError, UsageError
 
 STDIN = "-"
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
 _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
+"""How UTF-16 JSON begins: with its byte order mark, or with the brace of the first line."""
 _RAW = 200
 """Characters of a bad line that its reject shows."""
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 MOST_LINE_BYTES = 64 << 20
 MOST_TURNS = 100_000
+_DEEPEST = 250
+"""Levels of nesting. orjson reads 1,024, but writes only 254."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +87,36 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
     """Files, folders (their JSONL files, sorted), glob patterns and `-`, as file names.
 
     Raises:
-        InputError: nothing of that name.
+        UsageError: `-` more than once.
+        InputError: nothing of that name, or nothing in it.
     """
+    if list(names).count(STDIN) > 1:
+        raise UsageError("- is given twice, but stdin can be read only once: give it once")
     files: list[str] = []
     for name in names:
-        path = Path(name)
-        if name == STDIN or path.is_file():
-            files.append(name)
-        elif path.is_dir():
-            inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS))
-            if not inside:
-                raise InputError(f"{name}: no JSONL file in this folder (*.jsonl, .gz, .zst)")
-            files += inside
-        elif matched := sorted(p for p in glob.glob(name) if Path(p).is_file()):
-            files += matched
-        elif path.exists():  # a pipe or a device
-            files.append(name)
-        else:
-            raise InputError(f"{name}: no such file: check the name")
+        try:
+            files += _expand(name)
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror}: check the name and its rights") from error
     return files
+
+
+def _expand(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS) and p.is_file())
+        if not inside:
+            raise InputError(
+                f"{name}: no JSONL file in this folder: name the files, or rename them to "
+                "*.jsonl (or .jsonl.gz, .jsonl.zst)"
+            )
+        return inside
+    if name == STDIN or path.exists():  # pipes and devices too
+        return [name]
+    matched = sorted(p for p in glob.glob(name) if Path(p).is_file())
+    if not matched:
+        raise InputError(f"{name}: no such file: check the name")
+    return matched
 
 
 def open_input(name: str) -> BinaryIO:
@@ -111,27 +127,72 @@ def open_input(name: str) -> BinaryIO:
     """
     try:
         raw = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115
-        buffered = cast(io.BufferedReader, raw)
-        magic = buffered.peek(4)[:4]
+        # A stand-in for stdin may be no buffered reader; only that one can look ahead.
+        plain = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast(Any, raw))
+        magic = plain.peek(4)[:4]
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+        raise InputError(
+            f"{name}: cannot be read ({error.strerror}): check the name and its rights"
+        ) from error
     if magic.startswith(_GZIP):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
+        return cast(BinaryIO, gzip.GzipFile(fileobj=plain))
     if magic.startswith(_ZSTD):
-        reader = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 16))
-    return buffered
+        return io.BufferedReader(_ZstdReader(plain), 1 << 16)
+    return plain
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses Zstandard frames; zstandard's own stream reader is silent on a cut file."""
+
+    _TAKEN = 512
+    """Compressed bytes at a time: a block of 4 can hold 128 KiB, so these give 16 MiB at most."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            taken = self._frame.unused_data if self._frame.eof else b""
+            taken = taken or self._source.read(self._TAKEN)
+            if self._frame.eof:
+                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
+            if not taken:
+                if self._begun:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            self._begun = True
+            self._ready = memoryview(self._frame.decompress(taken))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 def read_records(name: str, counts: Counts) -> Iterator[Accepted | Reject]:
     """Every line of an input that is not blank, in order; `counts` is kept up to date.
 
-    Lines are split at \\n only. A line over 64 MiB is skipped without being held in memory.
+    Lines are split at \\n only; \\r\\n and a byte order mark at the start are tolerated. A line of
+    over 64 MiB is skipped without being held in memory. Numbers with a point or an exponent are
+    read as 64-bit floats, integers exactly or not at all; of duplicate keys the last one counts.
+
+    Reject codes: encoding, json, number, too_deep, too_long, too_many_turns, and those of
+    `parse_dialogue`.
 
     Raises:
         InputError: the file breaks off, or is UTF-16.
     """
-    shown = "<stdin>" if name == STDIN else name
+    # A file name need not be UTF-8, but a reject is.
+    shown = "<stdin>" if name == STDIN else os.fsencode(name).decode("utf-8", "replace")
     with open_input(name) as stream:
         number = byte = 0
         while True:
@@ -153,7 +214,7 @@ def read_records(name: str, counts: Counts) -> Iterator[Accepted | Reject]:
             at = Line(shown, number, byte)
             byte += size
             if number == 1:
-                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                if line.startswith(_UTF_16):
                     raise InputError(f"{shown}: UTF-16 text: convert it to UTF-8 (iconv -t UTF-8)")
                 line = line.removeprefix(_BOM)
             counts.lines += 1
@@ -198,13 +259,31 @@ def _parse(line: bytes) -> Dialogue:
             line.decode("utf-8")
         except UnicodeDecodeError as bad:
             raise RecordError("encoding", f"not UTF-8 at byte {bad.start} of the line") from error
+        if "infinity" in error.msg:
+            raise RecordError("number", f"a number beyond 64-bit floats: {error}") from error
         raise RecordError("json", f"not JSON: {error}") from error
+    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth_exceeds(value, _DEEPEST):
+        raise RecordError("too_deep", f"values nested over {_DEEPEST} levels")
     if _LONG_NUMBER.search(line):
         json.loads(line, parse_int=_check_integer)
     dialogue = parse_dialogue(value)
     if len(dialogue.utterances) > MOST_TURNS:
         raise RecordError("too_many_turns", f"the dialogue has over {MOST_TURNS:,} turns")
     return dialogue
+
+
+def _depth_exceeds(value: object, most: int) -> bool:
+    level = [value]
+    for _ in range(most + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _skip_line(stream: BinaryIO) -> int:

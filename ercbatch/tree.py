@@ -393,10 +393,7 @@ class _Scene:
                 room = self._window.max_tokens - head - len(branch) - longest
             first = question.utterance - question.utterance % self._window.stride
             wanted = max(0, first - self._window.turns)
-            if blocks and wanted == previous:
-                start = blocks[-1][0]
-            else:
-                start = wanted
+            start = blocks[-1][0] if blocks and wanted == previous else wanted
             if before[stop] - before[start] > room:
                 start = int(np.searchsorted(before, before[stop] - room))
                 start = max(min(start, stop - 1), wanted)
