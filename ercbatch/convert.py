@@ -85,7 +85,8 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[st
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}: fetch it again") from error
+        line = reader.reader.line_num  # the row that broke: the dictionary reader lags behind
+        raise InputError(f"{path}, line {line}: {error}: fetch it again") from error
 
 
 def _label(labels: LabelSet, text: str, where: str) -> str:

@@ -95,11 +95,20 @@ def parse_dialogue(value: object) -> Dialogue:
         if not isinstance(turn, Mapping):
             raise RecordError("bad_utterance", f"{key} {number} is not an object")
         text, speaker, label = turn.get(text_key), turn.get(speaker_key), turn.get("label")
-        if not isinstance(text, str):
-            raise RecordError("bad_text", f"`{text_key}` of {key} {number} is not a string")
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise RecordError("bad_text", f"`{text_key}` of {key} {number} is not a text string")
         if speaker is not None and not isinstance(speaker, str):
             raise RecordError("bad_speaker", f"`{speaker_key}` of {key} {number} is not a string")
         if label is not None and not isinstance(label, str):
             raise RecordError("bad_label", f"`label` of {key} {number} is not a string")
         utterances.append(Utterance(text, speaker or "", label))
     return Dialogue(tuple(utterances), value)
+
+
+def _is_unicode(text: str) -> bool:
+    # Half a surrogate pair can come from Python code; no tokenizer or JSON writer takes it.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -135,10 +135,22 @@ def open_input(name: str) -> BinaryIO:
             f"{name}: cannot be read ({error.strerror}): check the name and its rights"
         ) from error
     if magic.startswith(_GZIP):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=plain))
+        return cast(BinaryIO, _GzipReader(plain))
     if magic.startswith(_ZSTD):
         return io.BufferedReader(_ZstdReader(plain), 1 << 16)
     return plain
+
+
+class _GzipReader(gzip.GzipFile):
+    """Closes the file below it too, which GzipFile leaves to the caller."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        super().__init__(fileobj=source)
+        self._source = source
+
+    def close(self) -> None:
+        super().close()
+        self._source.close()
 
 
 class _ZstdReader(io.RawIOBase):

@@ -273,7 +273,7 @@ class Renderer:
         scene = _Scene(self, dialogue)
         asked = sorted(
             (q for q in questions if q.task is not Task.SPEAKER),
-            key=lambda q: (q.utterance, q.task.value),
+            key=_by_prompt_end,
         )
         trees = [scene.block(start, block) for start, block in scene.blocks(asked)]
         about_speakers = [q for q in questions if q.task is Task.SPEAKER]
@@ -303,9 +303,14 @@ class Renderer:
 
     def starts(self, dialogue: Dialogue, questions: Sequence[Question]) -> dict[Question, int]:
         """The first turn that each (emotion or impact) question has in view."""
-        asked = sorted(questions, key=lambda q: (q.utterance, q.task.value))
+        asked = sorted(questions, key=_by_prompt_end)
         blocks = _Scene(self, dialogue).blocks(asked)
         return {question: start for start, block in blocks for question, _ in block}
+
+
+def _by_prompt_end(question: Question) -> tuple[int, bool]:
+    """An utterance's impact question, which ends a turn earlier, comes before its emotion's."""
+    return question.utterance, question.task is Task.EMOTION
 
 
 def speaker_numbers(dialogue: Dialogue) -> list[int]:
@@ -411,8 +416,10 @@ class _Scene:
         for turn in range(start, max(self.last_visible(q) for q, _ in block) + 1):
             trunk.tokens += self.turns[turn]
             ends_at[turn] = len(trunk.tokens) - 1
+        head = len(self._renderer._head) - 1
         for question, branch in block:
-            at = ends_at[self.last_visible(question)]
+            # A window of no turns leaves an impact question nothing but the head to hang on.
+            at = ends_at.get(self.last_visible(question), head)
             trunk.children.append((at, self._hang(question, branch)))
         return lay_out(trunk)
 

@@ -1,0 +1,222 @@
+"""Small real models, trained or made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+WORDS = """
+emotions speakers emotion next speaker of like neutral surprise fear sad joyful disgust angry mad
+peaceful powerful scared the a i you we it is was not my your door train parcel fridge where what
+who when no yes oh please thank sorry happy gone here there now today again late lost found
+0 1 2 3 4 5 6 7 8 9 : . , ! ? = ' " < > # _ - select label from conversation
+""".split()
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python on arguments, in the checkout."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `ercbatch`."""
+    return python("-m", "ercbatch", *arguments, **environment)
+
+
+def write_tokenizer(folder: Path, kind: str) -> None:
+    """A tokenizer of WORDS and letters: WordPiece with BERT's marks, or byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "bert":
+        letters = [chr(c) for c in range(33, 127)]
+        marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        units = dict.fromkeys([*marks, *WORDS, *letters, *(f"##{c}" for c in letters)])
+        vocabulary = {unit: i for i, unit in enumerate(units)}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.add_special_tokens(marks)
+        special = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        }
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=420,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator([" " + " ".join(WORDS)] * 3, trainer)
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def write_model(folder: Path, kind: str) -> Path:
+    """A tiny causal language model with random weights, as a checkpoint folder."""
+    import torch
+    from transformers import (
+        BertConfig,
+        BertLMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    write_tokenizer(folder, "bert" if kind == "bert" else "bpe")
+    size = 600
+    if kind == "bert":
+        model = BertLMHeadModel(
+            BertConfig(
+                vocab_size=size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=512,
+                is_decoder=True,
+                initializer_range=0.3,
+            )
+        )
+    elif kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=64,
+                initializer_range=0.3,
+            )
+        )
+    else:
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                initializer_range=0.3,
+            )
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bert", "llama", "neox"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of each architecture."""
+    return write_model(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT decoder."""
+    return write_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sentence encoder, exported by the real command."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(1)
+    source, folder = tmp_path_factory.mktemp("sbert"), tmp_path_factory.mktemp("encoder")
+    write_tokenizer(source, "bert")
+    BertModel(
+        BertConfig(
+            vocab_size=600,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(source)
+    done = python("-m", "export", "encoder", source, "-o", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(
+    bert: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run folder of the real `python -m train fit`: LoRA, both tasks, demonstrations."""
+    folder = tmp_path_factory.mktemp("train")
+    data = EXAMPLES / "labelled_chat.jsonl"
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        f"""
+base = {json.dumps(str(bert))}
+encoder = {json.dumps(str(encoder_folder))}
+template = "compact"
+epochs = 3
+learning_rate = 1e-2
+pack_tokens = 128
+packs_per_step = 2
+demonstrations = 0.5
+later_turns = 0.3
+
+[window]
+turns = 3
+stride = 2
+max_tokens = 400
+max_utterance_tokens = 60
+
+[[train]]
+path = {json.dumps(str(data))}
+labels = "meld"
+
+[[valid]]
+path = {json.dumps(str(data))}
+labels = "meld"
+""",
+        encoding="utf-8",
+    )
+    done = python("-m", "train", "fit", recipe, "-o", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(
+    trained: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of the real `python -m export bundle`."""
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    done = python(
+        *("-m", "export", "bundle", trained, "-o", folder, "--name", "tiny"),
+        *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
+        *("--licence", "Apache-2.0", "--provenance", "dialogues of this project"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder

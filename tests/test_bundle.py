@@ -1,0 +1,106 @@
+"""A bundle labels as the model it was made from, and an altered one never loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, cli, python
+
+from ercbatch.bank import read_examples
+from ercbatch.bundle import open_bundle, read_info
+from ercbatch.errors import BundleError
+from ercbatch.labels import label_set
+
+
+def test_show_and_verify_say_what_a_bundle_is(bundle_folder: Path) -> None:
+    shown = cli("bundle", "show", bundle_folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "meld: neutral, surprise, fear, sad, joyful, disgust, angry" in shown.stdout
+    assert json.loads(cli("bundle", "show", bundle_folder, "--json").stdout)["name"] == "tiny"
+    assert "whole" in cli("bundle", "verify", bundle_folder).stdout
+
+
+def test_the_quantized_bundle_agrees_with_the_merged_model(bundle_folder: Path) -> None:
+    figures = read_info(bundle_folder).quality["meld, validation split"]
+    assert figures["agreement_with_float32"] >= 0.8
+    assert 0 <= figures["weighted_f1"] <= 1
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "link"])
+def test_every_harmed_file_is_refused_by_name(
+    bundle_folder: Path, tmp_path: Path, harm: str
+) -> None:
+    for name in read_info(bundle_folder).files:
+        folder = tmp_path / name
+        shutil.copytree(bundle_folder, folder)
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        if harm == "flip":
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        elif harm == "cut":
+            path.write_bytes(data[:-1])
+        else:
+            path.unlink()
+        if harm == "link":
+            path.symlink_to(bundle_folder / name)
+        with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+            open_bundle(folder)
+
+
+def test_a_missing_bundle_or_file_ends_with_4_and_the_next_step(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(bundle_folder, folder)
+    (folder / "model.onnx").unlink()
+    for bundle, words in ((folder, "model.onnx: missing"), (tmp_path, "not a bundle")):
+        done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", str(bundle) + "/")
+        assert done.returncode == 4
+        assert words in done.stderr
+        assert "python -m export" in done.stderr
+
+
+def test_a_format_of_the_future_is_refused(bundle_folder: Path, tmp_path: Path) -> None:
+    value = json.loads((bundle_folder / "bundle.json").read_text())
+    (tmp_path / "bundle.json").write_text(json.dumps({**value, "format": "2.0"}))
+    with pytest.raises(BundleError, match="upgrade ercbatch"):
+        read_info(tmp_path)
+    (tmp_path / "bundle.json").write_text(
+        json.dumps({**value, "files": {"../up": {"size": 1, "sha256": ""}}})
+    )
+    with pytest.raises(BundleError, match="plain file name"):
+        read_info(tmp_path)
+
+
+def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    examples, out = EXAMPLES / "my_examples.jsonl", tmp_path / "mine"
+    done = cli("bank", "build", examples, "--bundle", bundle_folder, "-o", out, "--demos", "2")
+    assert done.returncode == 0, done.stderr
+    assert read_info(out).demonstrations == 2
+    assert len(read_examples(out / "demonstrations.jsonl")) == len(
+        read_examples(examples, label_set("meld"))
+    )
+    assert cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", out).returncode == 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x", "label": "sleepy"}\n')
+    refused = cli("bank", "build", bad, "--bundle", bundle_folder, "-o", tmp_path / "no")
+    assert refused.returncode == 4
+    assert "line 1" in refused.stderr
+    assert "sleepy" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_export_of_no_run_says_what_to_run(encoder_folder: Path, tmp_path: Path) -> None:
+    done = python(
+        *("-m", "export", "bundle", tmp_path, "-o", tmp_path / "b", "--name", "x"),
+        *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
+        *("--licence", "x"),
+    )
+    assert done.returncode == 2
+    assert "python -m train fit" in done.stderr

@@ -1,0 +1,248 @@
+"""`ercbatch label` as a user runs it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+import zstandard
+from conftest import EXAMPLES, ROOT, cli
+
+from ercbatch import Labeler
+
+GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
+
+
+def records(data: bytes) -> list[dict]:
+    return [orjson.loads(line) for line in data.splitlines()]
+
+
+def test_every_record_comes_back_in_order_with_its_own_fields(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = b'{"messages": [{"role": "user", "content": "my parcel is lost"}]}\n'
+    source.write_bytes(GOOD + b"\n" + chat)
+    done = cli("label", source, "--bundle", bundle_folder, "-o", out, "--scores")
+    assert done.returncode == 0, done.stderr
+    first, second = records(out.read_bytes())
+    assert (first["id"], first["mood"], first["utterances"][0]["x"]) == (7, {"a": [1]}, 1)
+    for turn in (first["utterances"][0], second["messages"][0]):
+        labels = ["neutral", "surprise", "fear", "sad", "joyful", "disgust", "angry"]
+        assert list(turn["scores"]) == labels
+        assert sum(turn["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert turn["emotion"] == max(turn["scores"], key=turn["scores"].get)
+        assert turn["confidence"] == max(turn["scores"].values())
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert manifest["counts"] == {
+        "lines": 3,
+        "labelled": 2,
+        "rejected": 0,
+        "blank": 1,
+        "utterances": 2,
+    }
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_bad_lines_become_rejects_and_the_rest_is_labelled(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    source = EXAMPLES / "broken.jsonl"
+    done = cli("label", source, "--bundle", bundle_folder, "-o", out)
+    assert done.returncode == 3
+    rejects = records((tmp_path / "out.jsonl.rejects.jsonl").read_bytes())
+    assert [(r["line"], r["code"]) for r in rejects] == [
+        (2, "json"),
+        (3, "not_object"),
+        (4, "no_utterances"),
+        (6, "bad_text"),
+    ]
+    lines = source.read_bytes().split(b"\n")
+    for reject in rejects:
+        assert reject["file"] == str(source)
+        assert source.read_bytes()[reject["byte"] :].startswith(lines[reject["line"] - 1])
+        assert reject["reason"]
+        assert lines[reject["line"] - 1].decode().startswith(reject["raw"])
+    assert [r["id"] for r in records(out.read_bytes())] == [1, 6]
+
+
+def test_max_errors_gives_up_and_leaves_nothing(bundle_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = cli(
+        *("label", EXAMPLES / "broken.jsonl", "--bundle", bundle_folder),
+        *("-o", out, "--max-errors", "1"),
+    )
+    assert done.returncode == 4
+    assert "more than 1 bad lines" in done.stderr
+    assert not out.exists()
+
+
+def test_compressed_files_folders_and_stdin_are_the_same_input(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(GOOD)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(GOOD))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(GOOD))
+    (folder / "notes.txt").write_text("not read")
+    done = cli("label", folder, "--bundle", bundle_folder, "--quiet")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert len(set(lines)) == 1
+    piped = subprocess.run(
+        [sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "--quiet"],
+        input=GOOD,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert piped.stdout.decode().splitlines() == lines[:1]
+
+
+def test_output_is_never_overwritten_unasked(bundle_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD)
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    done = cli("label", source, "--bundle", bundle_folder, "-o", out)
+    assert (done.returncode, out.read_text()) == (2, "precious")
+    assert "--force" in done.stderr
+    same = cli("label", source, "--bundle", bundle_folder, "-o", source, "--force")
+    assert (same.returncode, source.read_bytes()) == (2, GOOD)
+    assert cli("label", source, "--bundle", bundle_folder, "-o", out, "--force").returncode == 0
+
+
+def test_below_the_confidence_asked_for_the_emotion_is_null(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"utterances": [{"text": "it is gone"}, {"text": "  "}]}\n')
+    done = cli("label", source, "--bundle", bundle_folder, "--min-confidence", "1", "--quiet")
+    said, blank = json.loads(done.stdout)["utterances"]
+    assert said["emotion"] is None
+    assert 0 < said["confidence"] < 1
+    assert (blank["emotion"], blank["confidence"]) == (None, None)
+
+
+def test_a_dry_run_counts_and_writes_nothing(bundle_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    source = EXAMPLES / "group_chat.jsonl"
+    done = cli("label", source, "--bundle", bundle_folder, "-o", out, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 dialogues, 22 utterances")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_within_seconds(
+    bundle_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdin is not None
+    process.stdin.write(GOOD * 2000)
+    process.stdin.flush()
+    time.sleep(3)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 128 + number
+    assert number.name in errors.decode()
+    assert not out.exists()
+
+
+def test_a_closed_pipe_is_quiet(bundle_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD * 3000)
+    done = subprocess.run(
+        f"{sys.executable} -m ercbatch label {source} --bundle {bundle_folder} --quiet | head -n 1",
+        shell=True,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == b""
+
+
+def test_a_label_does_not_depend_on_its_neighbours(bundle_folder: Path) -> None:
+    """int8 included: scores alone, amid others, and in another order are equal to 1e-4."""
+    chance = random.Random(5)
+    words = "it is gone thank you where my door late again happy fridge no !".split()
+    dialogues = [
+        {
+            "utterances": [
+                {"speaker": chance.choice("AB"), "text": " ".join(chance.choices(words, k=8))}
+                for _ in range(chance.randint(1, 9))
+            ]
+        }
+        for _ in range(24)
+    ]
+    labeler = Labeler(str(bundle_folder), scores=True, demonstrations=2, threads=2)
+
+    def scores(order: list[int]) -> dict[int, list[list[float]]]:
+        found = labeler.label(dialogues[i] for i in order)
+        return {
+            i: [list((label.scores or {}).values()) for label in labeled.labels]
+            for i, labeled in zip(order, found, strict=True)
+        }
+
+    together = scores(list(range(24)))
+    shuffled = scores(chance.sample(range(24), 24))
+    for i in range(24):
+        alone = scores([i])[i]
+        for other in (together[i], shuffled[i]):
+            for one, two in zip(alone, other, strict=True):
+                assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_demonstrations_and_later_turns_change_what_is_seen(bundle_folder: Path) -> None:
+    dialogue = {"utterances": [{"text": "it is gone"}, {"text": "thank you"}]}
+
+    def first(**settings: object) -> float | None:
+        labeler = Labeler(str(bundle_folder), **settings)  # type: ignore[arg-type]
+        return next(labeler.label([dialogue])).labels[0].confidence
+
+    assert len({first(), first(demonstrations=2), first(context="both")}) == 3
+
+
+def test_the_runtime_needs_neither_torch_nor_transformers(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "label.py"
+    script.write_text(
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'peft', 'onnx', 'train', 'export'):\n"
+        "    sys.modules[name] = None\n"
+        "from ercbatch import Labeler\n"
+        f"labeler = Labeler({str(bundle_folder)!r}, demonstrations=1)\n"
+        "print(next(labeler.label([{'utterances': [{'text': 'hi'}]}])).labels[0].emotion)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_command_line_imports_only_click_and_the_standard_library() -> None:
+    code = (
+        "import sys, ercbatch.cli\n"
+        "heavy = {'numpy', 'onnxruntime', 'tokenizers', 'rich', 'orjson', 'torch', 'hnswlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
