@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from tokenizers import Tokenizer
@@ -15,9 +17,23 @@ from transformers import AutoModel
 
 from ercbatch import bundle
 from ercbatch.errors import UsageError
-from export.quantize import quantize_graph
+from export.quantize import Feed, quantize_graph
 
-OPSET = 18
+OPSET = 17
+
+_SAMPLES = (
+    "I can't believe you did that!",
+    "Okay.",
+    "What is that smell?",
+    "We won, we actually won!",
+    "The meeting has been moved to Thursday at ten, so there is no need to hurry.",
+    "I heard steps behind me the whole way home, and when I turned around there was nobody.",
+    "Thanks for the quick reply; the parcel arrived this morning and everything is in it.",
+    "I miss her. Every day.",
+    "no no no, not again... why does it always happen to me?!",
+    "She moved to Lisbon in 2019 with two suitcases, a cat and € 300.",
+)
+"""Sentences that tell which channels of the encoder stay in float32 (see export/quantize.py)."""
 
 
 class PooledEncoder(nn.Module):
@@ -35,41 +51,91 @@ class PooledEncoder(nn.Module):
         return nn.functional.normalize(mean, dim=-1)
 
 
-def check_pooling(source: Path) -> None:
-    """See that a sentence-transformers folder pools by the mean.
-
-    Raises:
-        UsageError: it pools otherwise.
-    """
-    path = source / "1_Pooling" / "config.json"
-    if path.exists():
-        modes = json.loads(path.read_text(encoding="utf-8"))
-        used = [k for k, on in modes.items() if k.startswith("pooling_mode") and on is True]
-        if used and used != ["pooling_mode_mean_tokens"]:
-            raise UsageError(
-                f"{path}: the encoder pools by {', '.join(used)}; only mean pooling is "
-                "supported: choose another sentence encoder"
-            )
-
-
-def export_encoder(source: Path, folder: Path, *, quantize: bool = True) -> None:
+def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -> None:
     """Write `encoder.onnx` and `encoder_tokenizer.json` into `folder`.
 
-    `source` is the folder of a sentence-transformers model with mean pooling.
+    The graph takes `input_ids` and `attention_mask` [batch, length] int64, and gives `embeddings`
+    [batch, dim] float32, each of length 1.
+
+    Args:
+        source: the folder of a sentence-transformers model with mean pooling, or of a plain
+            transformers model, which sentence-transformers pools by the mean too.
+        quantize: int8 weights; otherwise float32.
+
+    Raises:
+        UsageError: not such a model.
     """
-    check_pooling(source)
-    model = AutoModel.from_pretrained(source, attn_implementation="eager").eval()
+    inner = transformer_folder(Path(source))
+    try:
+        tokenizer = Tokenizer.from_file(str(inner / "tokenizer.json"))
+        model = AutoModel.from_pretrained(
+            inner, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+        ).eval()
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise UsageError(
+            f"{inner}: cannot be loaded ({error}): it needs config.json, model.safetensors and "
+            "tokenizer.json of a sentence-transformers model"
+        ) from error
     if hasattr(model, "pooler"):
         model.pooler = None
     ids = torch.ones((2, 7), dtype=torch.long)
-    traced = trace(
+    axes = {0: "batch", 1: "length"}
+    graph = trace(
         PooledEncoder(model),
         (ids, ids),
-        {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "length"}},
+        {"input_ids": axes, "attention_mask": axes},
         {"embeddings": {0: "batch"}},
     )
-    onnx.save(quantize_graph(traced) if quantize else traced, folder / bundle.ENCODER)
-    Tokenizer.from_file(str(source / "tokenizer.json")).save(str(folder / bundle.ENCODER_TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if quantize:
+        quantize_graph(graph, samples=[_feed(tokenizer, text) for text in _SAMPLES])
+    onnx.save(graph, folder / bundle.ENCODER)
+    tokenizer.save(str(folder / bundle.ENCODER_TOKENIZER), pretty=False)
+
+
+def transformer_folder(source: Path) -> Path:
+    """The folder of the transformer within a sentence-transformers folder.
+
+    Raises:
+        UsageError: the model does more than pool the transformer's states by their mean.
+    """
+    if not (source / "modules.json").exists():
+        return source
+    inner = source
+    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+        kind, path = module["type"].rpartition(".")[2], source / module["path"]
+        if kind == "Transformer":
+            inner = path
+        elif kind == "Pooling":
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            modes = _pooling_modes(config)
+            if modes != ["mean"]:
+                raise UsageError(
+                    f"{path}: the encoder pools by {' and '.join(modes)}; only mean pooling is "
+                    "supported: choose another sentence encoder"
+                )
+        elif kind != "Normalize":
+            raise UsageError(
+                f"{source}: the encoder has a {kind} module; only a transformer with mean pooling "
+                "is supported: choose another sentence encoder"
+            )
+    return inner
+
+
+def _pooling_modes(config: dict[str, Any]) -> list[str]:
+    """What a pooling module's config asks for: one key since sentence-transformers 5.5, before
+    that a flag for each mode."""
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"]
+        return [modes] if isinstance(modes, str) else list(modes)
+    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    return [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
+
+
+def _feed(tokenizer: Tokenizer, text: str) -> Feed:
+    ids = np.array([tokenizer.encode(text).ids], np.int64)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 def trace(
@@ -79,17 +145,20 @@ def trace(
     outputs: dict[str, dict[int, str]],
 ) -> onnx.ModelProto:
     """Export a module; `inputs` and `outputs` name the dynamic axes of each."""
-    buffer = io.BytesIO()
-    with torch.inference_mode():
+    with TemporaryDirectory() as folder, torch.inference_mode(), warnings.catch_warnings():
+        # The exporter calls itself deprecated, and calls sizes that the model compares with
+        # its own constants: neither is news.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        path = Path(folder) / "traced.onnx"
         torch.onnx.export(
             module,
             example,
-            buffer,
+            path,
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_axes={**inputs, **outputs},
             opset_version=OPSET,
-            do_constant_folding=True,
             dynamo=False,
         )
-    return onnx.load_from_string(buffer.getvalue())
+        return onnx.load(path)
