@@ -160,10 +160,10 @@ class DemonstrationBank:
             )
         index = None
         path = folder / INDEX
-        if len(vectors) >= _EXACT_BELOW and path.exists() and INDEX in digests:
-            if hashlib.sha256(path.read_bytes()).hexdigest() == digests[INDEX]:
-                index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
-                index.load_index(str(path), max_elements=len(vectors))
+        known = digests.get(INDEX) if len(vectors) >= _EXACT_BELOW and path.exists() else None
+        if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() == known:
+            index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
+            index.load_index(str(path), max_elements=len(vectors))
         return cls(demonstrations, vectors, index)
 
 

@@ -26,7 +26,7 @@ class _Failure(click.ClickException):
 
     def __init__(self, error: ErcbatchError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
 
 
 class _Stopped(BaseException):

@@ -14,7 +14,7 @@ from __future__ import annotations
 class ErcbatchError(Exception):
     """Any error that ercbatch raises on purpose; its message ends with the next step."""
 
-    exit_code = 1
+    exit_code: int = 1
 
 
 class UsageError(ErcbatchError):

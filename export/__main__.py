@@ -12,7 +12,7 @@ from ercbatch.errors import ErcbatchError
 class _Failure(click.ClickException):
     def __init__(self, error: ErcbatchError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -26,7 +26,7 @@ from ercbatch.onnx_scorer import OnnxScorer, available_threads
 from ercbatch.pipeline import Engine
 from ercbatch.prompts import template
 from ercbatch.scoring import Scorer, calibrated
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer, Window
@@ -81,7 +81,7 @@ def load_run(run: Path) -> tuple[Mapping[str, Any], PackedModel, SegmentTokenize
     else:
         model, _ = load_causal_lm(recipe["base"], **settings)
         model = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload()
-    controls = files.ControlTokens.from_json(described["controls"])
+    controls = ControlTokens.from_json(described["controls"])
     tokenizer = SegmentTokenizer.from_file(run / files.TOKENIZER, controls)
     return described, PackedModel(model.float().eval()), tokenizer
 

@@ -167,9 +167,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    bert: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained(bert: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of the real `python -m train fit`: LoRA, both tasks, demonstrations."""
     folder = tmp_path_factory.mktemp("train")
     data = EXAMPLES / "labelled_chat.jsonl"

@@ -150,9 +150,7 @@ def test_a_signal_stops_a_run_within_seconds(
 ) -> None:
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stdin is not None
     process.stdin.write(GOOD * 2000)
     process.stdin.flush()

@@ -16,6 +16,14 @@ import click
 from ercbatch.errors import ErcbatchError, UsageError
 
 
+class _Failure(click.ClickException):
+    """An error of ours, as click shows it."""
+
+    def __init__(self, error: ErcbatchError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Train causal language models on labelled dialogues."""
@@ -57,9 +65,7 @@ def fit(
             raise UsageError(f"{output} holds a run: choose another folder, or give --force")
         _fit(read_recipe(recipe, base=base_, epochs=epochs, seed=seed), output, bf16)
     except ErcbatchError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = error.exit_code
-        raise failure from error
+        raise _Failure(error) from error
 
 
 def _fit(recipe: Any, output: Path, bf16: bool) -> None:

@@ -135,7 +135,7 @@ class Sampler:
             count = max(1, round(len(dataset.dialogues) * dataset.source.fraction))
             for j in random.permutation(len(dataset.dialogues))[:count]:
                 drawn.append((i, dataset.dialogues[j]))
-        random.shuffle(drawn)  # type: ignore[arg-type]
+        random.shuffle(drawn)
         trees: list[tuple[int, Tree]] = []
         for owner, (i, dialogue) in enumerate(drawn):
             later = bool(random.random() < self._recipe.later_turns)

@@ -1,0 +1,110 @@
+"""Packed dialogues against one prompt per utterance: same bundle, same labels, what time?
+
+The two take turns in one process, so a drift of the machine meets both. "Equal" compares labels
+and probabilities wherever both see the same turns: separate prompts are rendered for the very
+turns that the packed question sees.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.dialogues import Dialogue
+from ercbatch.labeler import Labeler
+from ercbatch.records import read_dialogues
+from ercbatch.tree import Question, Read, Segment, Task, join, lay_out
+
+Answers = dict[tuple[int, int], npt.NDArray[np.float64]]
+
+
+def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
+    """(probabilities, tokens computed) of the engine as it labels."""
+    found = {
+        (number, t): row
+        for number, _, rows in labeler.engine.run(enumerate(dialogues))
+        for t, row in rows.items()
+    }
+    renderer = labeler.engine.renderer
+    tokens = sum(
+        len(tree)
+        for dialogue in dialogues
+        for tree in renderer.trees(dialogue, [q for q, _ in _asked(labeler, dialogue)])
+    )
+    return found, tokens
+
+
+def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
+    """The same with one prompt, one run of the model, for each utterance."""
+    engine, found, tokens = labeler.engine, {}, 0
+    for number, dialogue in enumerate(dialogues):
+        for question, start in _asked(labeler, dialogue):
+            ids = engine.renderer.separate_prompt(dialogue, question, start=start)
+            prompt = join([(number, lay_out(Segment(ids, read=Read(question, 0))))])
+            tokens += len(ids)
+            for _, t, logs in engine.scorer.answers(prompt, engine.renderer.trie):
+                found[number, t] = np.exp(logs)
+    return found, tokens
+
+
+def _asked(labeler: Labeler, dialogue: Dialogue) -> Iterator[tuple[Question, int]]:
+    turns = [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
+    questions = [Question(Task.EMOTION, t) for t in turns]
+    yield from labeler.engine.renderer.starts(dialogue, questions).items()
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--bundle", default="mini", show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def main(source: Path, bundle: str, threads: int, rounds: int) -> None:
+    """Measure on the dialogues of SOURCE (JSONL)."""
+    labeler = Labeler(bundle, threads=threads, demonstrations=0)
+    dialogues = [dialogue for _, dialogue in read_dialogues(source)]
+    next(labeler.label(dialogues[:1]))
+    seconds: dict[str, list[float]] = {"packed": [], "separate": []}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in labeler.label(dialogues):
+            pass
+        middle = time.perf_counter()
+        alone, alone_tokens = separate(labeler, dialogues)
+        seconds["packed"].append(middle - began)
+        seconds["separate"].append(time.perf_counter() - middle)
+    together, tokens = packed(labeler, dialogues)
+    temperature = labeler.engine.temperature
+    gaps = []
+    same = 0
+    for key, row in together.items():
+        other = alone[key] ** (1 / temperature)
+        other /= other.sum()
+        gaps.append(float(np.abs(other - row).max()))
+        same += int(other.argmax() == row.argmax())
+    ratios = [s / p for s, p in zip(seconds["separate"], seconds["packed"], strict=True)]
+    count = len(together)
+    result = {
+        "utterances": count,
+        "packed_per_second": round(count / statistics.median(seconds["packed"]), 1),
+        "separate_per_second": round(count / statistics.median(seconds["separate"]), 1),
+        "speed_ratio": round(statistics.median(ratios), 2),
+        "tokens_per_utterance_packed": round(tokens / count, 1),
+        "tokens_per_utterance_separate": round(alone_tokens / count, 1),
+        "labels_equal": round(same / count, 5),
+        "largest_difference": max(gaps),
+        "threads": threads,
+    }
+    for name, value in result.items():
+        click.echo(f"{name.replace('_', ' '):32}{value}")
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.packed")
