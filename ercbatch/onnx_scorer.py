@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
 from ercbatch.answers import AnswerHead, FloatArray
@@ -59,13 +60,15 @@ class OnnxScorer(Scorer):
 
     def states(self, pack: Pack) -> FloatArray:
         """See `Scorer.states`."""
-        states: FloatArray = self._session.run(
-            None,
-            {
-                "tokens": pack.tokens[None].astype(np.int64),
-                "positions": pack.positions[None].astype(np.int64),
-                "ends": pack.ends[None].astype(np.int64),
-                "reads": np.array([index for index, _, _ in pack.reads], dtype=np.int64),
-            },
-        )[0]
+        states: FloatArray = self._session.run(None, feed(pack))[0]
         return states
+
+
+def feed(pack: Pack) -> dict[str, npt.NDArray[np.int64]]:
+    """A pack as the inputs of the graph: `reads` [reads], the others [1, length]."""
+    return {
+        "tokens": pack.tokens[None].astype(np.int64),
+        "positions": pack.positions[None].astype(np.int64),
+        "ends": pack.ends[None].astype(np.int64),
+        "reads": np.array([index for index, _, _ in pack.reads], dtype=np.int64),
+    }

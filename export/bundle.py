@@ -22,20 +22,22 @@ from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet, label_set
-from ercbatch.onnx_scorer import OnnxScorer, available_threads
+from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
 from ercbatch.pipeline import Engine
 from ercbatch.prompts import template
 from ercbatch.scoring import Scorer, calibrated
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Renderer, Window
+from ercbatch.tree import Question, Renderer, Task, Window, join
 from export.model import export_scorer
 from export.quantize import quantize_graph
 from train.recipe import Source
 from train.samples import Dataset, read_dataset
 from train.validate import Predictions, predict
 
+_SAMPLED = 16
+"""Training dialogues that quantization samples activations from."""
 _QUANTIZATION = {
     "int8": "int8 weights within ±63, int8 activations per token; int8 embedding rows",
     "fp32": "none (float32)",
@@ -99,7 +101,7 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
     held_out = [read_dataset(Source(**source)) for source in recipe["valid"]]
     graph = export_scorer(model)
     if options.quantize == "int8":
-        graph = quantize_graph(graph)
+        quantize_graph(graph, samples=_samples(renderers[sets[0].name], recipe["train"][0]))
     lines: list[str] = []
 
     def fill(part: Path) -> BundleInfo:
@@ -145,6 +147,18 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
 
     write_bundle(folder, fill, force=force)
     return "\n".join(lines)
+
+
+def _samples(renderer: Renderer, source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Inputs of the graph from a few training dialogues: they show its activations' outliers."""
+    dialogues = read_dataset(Source(**source)).dialogues[:_SAMPLED]
+    return [
+        feed(join([(0, tree)]))
+        for dialogue in dialogues
+        for tree in renderer.trees(
+            dialogue, [Question(Task.EMOTION, t) for t in range(len(dialogue.utterances))]
+        )
+    ]
 
 
 def _measure(scorer: Scorer, renderer: Renderer, dataset: Dataset, pack_tokens: int) -> Predictions:
