@@ -160,21 +160,35 @@ class Pack:
         return len(self.tokens)
 
 
+ALIGNMENT = 32
+"""Trees start at multiples of this many tokens in a pack.
+
+Vector units add up a row in lanes. Were a tree to start in another lane when its neighbours
+change, the sums of its softmax would be rounded otherwise, and int8 turns the last bit of an
+activation that lies between two steps into a whole step.
+"""
+
+
+def aligned(length: int) -> int:
+    """The room that a tree of this length takes in a pack."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
 def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
-    """One pack of (owner, tree) pairs."""
-    offset = 0
-    ends: list[IntArray] = []
+    """One pack of (owner, tree) pairs. Padding between trees is seen by nothing but itself."""
+    length = sum(aligned(len(tree)) for _, tree in trees)
+    tokens = np.zeros(length, dtype=np.int32)
+    positions = np.zeros(length, dtype=np.int32)
+    ends = np.arange(1, length + 1, dtype=np.int32)
     reads: list[tuple[int, int, Read]] = []
+    offset = 0
     for owner, tree in trees:
-        ends.append(tree.ends + np.int32(offset))
+        place = slice(offset, offset + len(tree))
+        tokens[place], positions[place] = tree.tokens, tree.positions
+        ends[place] = tree.ends + np.int32(offset)
         reads += [(offset + index, owner, read) for index, read in tree.reads]
-        offset += len(tree)
-    return Pack(
-        np.concatenate([tree.tokens for _, tree in trees]),
-        np.concatenate([tree.positions for _, tree in trees]),
-        np.concatenate(ends),
-        tuple(reads),
-    )
+        offset += aligned(len(tree))
+    return Pack(tokens, positions, ends, tuple(reads))
 
 
 class Packer:
@@ -190,9 +204,9 @@ class Packer:
 
     def add(self, owner: int, tree: Tree) -> Pack | None:
         """Take a tree; the pack that it no longer fitted into, if it filled one."""
-        full = self.rest() if self._used + len(tree) > self._length else None
+        full = self.rest() if self._used + aligned(len(tree)) > self._length else None
         self._waiting.append((owner, tree))
-        self._used += len(tree)
+        self._used += aligned(len(tree))
         return full
 
     def rest(self) -> Pack | None:

@@ -16,6 +16,7 @@ from ercbatch.prompts import clean, template
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
 from ercbatch.tree import (
+    ALIGNMENT,
     Question,
     Renderer,
     Segment,
@@ -168,9 +169,20 @@ def test_ends_follow_the_rule_of_the_design() -> None:
 
 
 def test_packs_keep_order_and_never_split_a_tree() -> None:
-    trees = [(i, lay_out(Segment([i] * size))) for i, size in enumerate([3, 4, 9, 1, 1])]
-    packs = list(pack(trees, 8))
-    assert [p.tokens.tolist() for p in packs] == [[0] * 3 + [1] * 4, [2] * 9, [3, 4]]
+    sizes = [ALIGNMENT - 1, ALIGNMENT, 5 * ALIGNMENT, 1, 2]
+    trees = [(i, lay_out(Segment([i + 1] * size))) for i, size in enumerate(sizes)]
+    packs = list(pack(trees, 3 * ALIGNMENT))
+    assert [[t for t in dict.fromkeys(p.tokens.tolist()) if t] for p in packs] == [
+        [1, 2],
+        [3],
+        [4, 5],
+    ]
+    for p in packs:
+        starts = [i for i, t in enumerate(p.tokens) if t and (i == 0 or p.tokens[i - 1] != t)]
+        assert len(p) % ALIGNMENT == 0
+        assert all(start % ALIGNMENT == 0 for start in starts)
+        seen = visible(p.ends).sum(1)
+        assert all(seen[i] == 1 for i, t in enumerate(p.tokens) if not t)
 
 
 def test_an_impact_question_needs_a_turn_before_it(tokenizer: SegmentTokenizer) -> None:
