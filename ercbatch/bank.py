@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hnswlib
 import numpy as np
@@ -15,7 +14,9 @@ import numpy.typing as npt
 import orjson
 from safetensors.numpy import load_file, save_file
 
-from ercbatch.errors import BundleError, InputError
+from ercbatch.dialogues import parse_dialogue
+from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import BundleError, InputError, RecordError
 from ercbatch.labels import LabelSet
 
 Vectors = npt.NDArray[np.float32]
@@ -56,13 +57,13 @@ class DemonstrationBank:
         self.demonstrations = tuple(demonstrations)
         self.vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         self._keys = [_key(d.text) for d in self.demonstrations]
-        self._by_label: dict[str, npt.NDArray[np.int64]] = {
-            label: np.array([i for i, d in enumerate(demonstrations) if d.label == label])
-            for label in dict.fromkeys(d.label for d in demonstrations)
-        }
+        members: dict[str, list[int]] = {}
+        for i, demonstration in enumerate(self.demonstrations):
+            members.setdefault(demonstration.label, []).append(i)
+        self._by_label = {label: np.array(of, np.int64) for label, of in members.items()}
         self._index = index
         if index is None and len(demonstrations) >= _EXACT_BELOW:
-            self._index = build_index(self.vectors)
+            self._index = rebuild_index(self.vectors)
 
     def __len__(self) -> int:
         return len(self.demonstrations)
@@ -75,62 +76,92 @@ class DemonstrationBank:
         labels: Sequence[str | None] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> list[tuple[Demonstration, ...]]:
-        """The most similar demonstrations for each query vector [n, dim], best first.
+        """The most similar demonstrations for each query vector [n, dim].
 
-        Balanced over labels: no label comes twice before every label among the candidates has
-        come once. Ties go to the lower index.
+        They are taken in rounds, each of which holds the best remaining demonstration of every
+        label, by falling similarity. So none of the results shares a label with another until
+        every label has come once. Equal similarities rank by place in the bank.
 
         Args:
-            count: how many for each query, where the bank has as many.
+            count: how many for each query; fewer come only where the bank has no more.
             labels: for each query the only label to return; training's same-label rule. Such a
                 search is exact.
-            exclude: for each query a text never to return: the utterance itself.
+            exclude: for each query a text never to return (the utterance itself), whatever its
+                case, punctuation and spaces.
         """
-        if not len(self) or not count:
-            return [()] * len(queries)
         found = []
         for row, query in enumerate(queries):
             label = labels[row] if labels is not None else None
             banned = _key(exclude[row]) if exclude is not None else None
-            candidates = self._candidates(query, count, label)
-            usable = [i for i in candidates if self._keys[i] != banned]
-            balanced = usable if label is not None else self._balanced(usable)
-            found.append(tuple(self.demonstrations[i] for i in balanced[:count]))
+            taken = self._search(query, count, label, banned) if count else []
+            found.append(tuple(self.demonstrations[i] for i in taken))
         return found
 
-    def _candidates(self, query: Vectors, count: int, label: str | None) -> list[int]:
-        """Indices by falling similarity."""
-        wanted = count * _CANDIDATES
+    def _search(
+        self, query: Vectors, count: int, label: str | None, banned: str | None
+    ) -> list[int]:
         if label is not None:
             members = self._by_label.get(label, np.empty(0, np.int64))
-            order = np.argsort(-(self.vectors[members] @ query), kind="stable")[:wanted]
-            return [int(i) for i in members[order]]
-        if self._index is None:
-            order = np.argsort(-(self.vectors @ query), kind="stable")[:wanted]
-            return [int(i) for i in order]
-        wanted = min(wanted, len(self))
-        self._index.set_ef(max(64, 2 * wanted))
-        ids, distances = self._index.knn_query(query[None], k=wanted, num_threads=1)
-        return [int(i) for _, i in sorted(zip(distances[0], ids[0], strict=True))]
+            return self._rounds(self._ranked(query, members), count, banned, 1)[0]
+        labels = len(self._by_label)
+        if self._index is not None:
+            candidates = self._approximate(self._index, query, count)
+            taken, settled = self._rounds(candidates, count, banned, labels)
+            if settled:
+                return taken
+        return self._rounds(self._ranked(query), count, banned, labels)[0]
 
-    def _balanced(self, candidates: list[int]) -> list[int]:
-        rounds: dict[str, int] = {}
-        keyed = []
-        for place, i in enumerate(candidates):
+    def _ranked(
+        self, query: Vectors, members: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """All demonstrations, or the members alone, by falling similarity."""
+        vectors = self.vectors if members is None else self.vectors[members]
+        # Not a BLAS product: that rounds a row by where it stands, and equal texts must tie.
+        order = np.argsort(-np.einsum("nd,d->n", vectors, query), kind="stable")
+        return order if members is None else members[order]
+
+    def _approximate(
+        self, index: hnswlib.Index, query: Vectors, count: int
+    ) -> npt.NDArray[np.int64]:
+        """The nearest by the index, by falling similarity; none where the index fails."""
+        wanted = min(count * _CANDIDATES, len(self))
+        index.set_ef(max(64, 4 * wanted))
+        try:
+            ids, distances = index.knn_query(query[None], k=wanted, num_threads=1)
+        except RuntimeError:  # many equal vectors can cut an hnsw graph into islands
+            return np.empty(0, np.int64)
+        order = np.lexsort((ids[0], distances[0]))
+        return np.asarray(ids[0][order], np.int64)
+
+    def _rounds(
+        self, ranked: npt.NDArray[np.int64], count: int, banned: str | None, labels: int
+    ) -> tuple[list[int], bool]:
+        """(the first `count` in rounds over the labels, whether more candidates change nothing)."""
+        depth = -(-count // labels) if labels else 0
+        seen: dict[str, int] = {}
+        taken: list[tuple[int, int, int]] = []
+        settled = 0
+        for place, i in enumerate(ranked.tolist()):
+            if self._keys[i] == banned:
+                continue
             label = self.demonstrations[i].label
-            rounds[label] = rounds.get(label, 0) + 1
-            keyed.append((rounds[label], place, i))
-        return [i for _, _, i in sorted(keyed)]
+            seen[label] = seen.get(label, 0) + 1
+            taken.append((seen[label], place, i))
+            settled += seen[label] == depth
+            if settled == min(count, labels):
+                break
+        return [i for _, _, i in sorted(taken)[:count]], settled == min(count, labels)
 
     def restricted(self, labels: LabelSet) -> DemonstrationBank:
         """The bank under another label set: its names; entries with no label there left out."""
-        renamed = [(i, labels.canonical(d.label)) for i, d in enumerate(self.demonstrations)]
-        kept = [(i, label) for i, label in renamed if label is not None]
-        if len(kept) == len(self) and all(self.demonstrations[i].label == to for i, to in kept):
+        renamed = [labels.canonical(d.label) for d in self.demonstrations]
+        if renamed == [d.label for d in self.demonstrations]:
             return self
+        kept = [i for i, label in enumerate(renamed) if label is not None]
         return DemonstrationBank(
-            [Demonstration(self.demonstrations[i].text, label) for i, label in kept],
-            self.vectors[[i for i, _ in kept]],
+            [Demonstration(self.demonstrations[i].text, renamed[i] or "") for i in kept],
+            self.vectors[kept],
+            self._index if len(kept) == len(self) else None,
         )
 
     def save(self, folder: Path) -> None:
@@ -147,45 +178,61 @@ class DemonstrationBank:
         """Read what `save` wrote; `digests` maps file names to SHA-256.
 
         hnswlib trusts the header of an index file, so the file is loaded only when its bytes are
-        the ones that the digest names; otherwise the index is built again from the vectors.
+        the ones that the digest names; otherwise the index is built again from the vectors. The
+        caller has verified the texts and the vectors.
 
         Raises:
             BundleError: the texts and vectors do not fit together.
         """
         demonstrations = read_examples(folder / TEXTS)
-        vectors = load_file(folder / VECTORS)["vectors"]
+        vectors = load_file(folder / VECTORS).get("vectors", np.empty(0))
         if vectors.ndim != 2 or len(vectors) != len(demonstrations):
             raise BundleError(
                 f"{folder}: {TEXTS} and {VECTORS} do not fit together: export the bundle again"
             )
         index = None
-        path = folder / INDEX
-        known = digests.get(INDEX) if len(vectors) >= _EXACT_BELOW and path.exists() else None
-        if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() == known:
-            index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
-            index.load_index(str(path), max_elements=len(vectors))
+        if len(vectors) >= _EXACT_BELOW:
+            index = _load_index(folder / INDEX, digests.get(INDEX), vectors.shape)
         return cls(demonstrations, vectors, index)
 
 
-def build_index(vectors: Vectors) -> hnswlib.Index:
-    """An hnswlib cosine index; the same vectors always give the same bytes."""
+def build_bank(
+    demonstrations: Sequence[Demonstration], encoder: SentenceEncoder
+) -> DemonstrationBank:
+    """The bank of these demonstrations, with the encoder's vectors of their texts."""
+    return DemonstrationBank(demonstrations, encoder.encode([d.text for d in demonstrations]))
+
+
+def rebuild_index(vectors: Vectors) -> hnswlib.Index:
+    """An hnswlib cosine index of vectors [n, dim]; the same ones always give the same bytes."""
     index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
     index.init_index(max_elements=len(vectors), M=16, ef_construction=200, random_seed=42)
     index.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return index
 
 
-def read_examples(path: Path, labels: LabelSet | None = None) -> list[Demonstration]:
-    """Read labelled examples: lines of {"text", "label"}, or of labelled dialogues.
+def _load_index(path: Path, digest: str | None, shape: tuple[int, ...]) -> hnswlib.Index | None:
+    if digest is None or not path.exists():
+        return None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        return None
+    index = hnswlib.Index(space="cosine", dim=shape[1])
+    index.load_index(str(path))
+    return index if index.get_current_count() == shape[0] else None
 
-    With `labels`, each label becomes the set's own name for it.
+
+def read_examples(path: Path, labels: LabelSet | None = None) -> list[Demonstration]:
+    """Read labelled examples: lines of {"text", "label"}, or dialogues with labelled utterances.
+
+    With `labels`, each label becomes the set's own name for it. Utterances of a dialogue that
+    are blank or have no label are passed over.
 
     Raises:
         InputError: a bad line, a label outside the set, or no example at all.
     """
     examples: list[Demonstration] = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
@@ -193,35 +240,46 @@ def read_examples(path: Path, labels: LabelSet | None = None) -> list[Demonstrat
             continue
         where = f"{path}, line {number}"
         try:
-            record: Any = orjson.loads(line)
+            for text, label in _labelled_texts(orjson.loads(line)):
+                name = label if labels is None else labels.canonical(label)
+                if name is None:
+                    assert labels is not None
+                    raise InputError(
+                        f"{where}: label {label!r} is not in the label set {labels.name}: "
+                        f"choose from {', '.join(labels.labels)}"
+                    )
+                examples.append(Demonstration(text, name))
         except orjson.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON ({error}): mend or remove the line") from error
-        turns = record.get("utterances", [record]) if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise InputError(f'{where}: not an example: write {{"text": …, "label": …}}')
-        for turn in turns:
-            text, label = turn.get("text"), turn.get("label")
-            if label is None and turn is not record:
-                continue
-            if not isinstance(text, str) or not text.strip() or not isinstance(label, str):
-                raise InputError(f"{where}: an example needs a `text` and a `label`: add them")
-            name = label if labels is None else labels.canonical(label)
-            if name is None:
-                assert labels is not None
-                raise InputError(
-                    f"{where}: label {label!r} is not in the label set {labels.name}: "
-                    f"choose from {', '.join(labels.labels)}"
-                )
-            examples.append(Demonstration(text, name))
+        except RecordError as error:
+            raise InputError(
+                f'{where}: {error.reason}: write {{"text": "…", "label": "…"}}, or a dialogue'
+            ) from error
     if not examples:
         raise InputError(f"{path}: no labelled example in it: give lines of text and label")
     return examples
 
 
+def _labelled_texts(record: object) -> Iterator[tuple[str, str]]:
+    if isinstance(record, dict) and "text" in record:
+        text, label = record["text"], record.get("label")
+        if not (isinstance(text, str) and text.strip() and isinstance(label, str)):
+            raise RecordError("bad_example", "an example needs a `text` and a `label`")
+        yield text, label
+        return
+    for utterance in parse_dialogue(record).utterances:
+        if utterance.label is not None and utterance.text.strip():
+            yield utterance.text, utterance.label
+
+
 def balance(
     demonstrations: Sequence[Demonstration], per_label: int, seed: int
 ) -> list[Demonstration]:
-    """At most `per_label` demonstrations of each label, drawn at random; order is kept."""
+    """At most `per_label` demonstrations of each label, drawn at random; order is kept.
+
+    The size of the rarest label balances the bank fully, as the paper does; a greater number
+    keeps more of the frequent labels, which `nearest` balances among the results anyway.
+    """
     random = np.random.default_rng(seed)
     kept: set[int] = set()
     for label in dict.fromkeys(d.label for d in demonstrations):

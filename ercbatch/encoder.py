@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,41 +12,51 @@ from tokenizers import Tokenizer
 
 from ercbatch.onnx_scorer import open_session
 
-_MOST_TOKENS = 128
+MOST_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""
-_BATCH_TOKENS = 2048
-"""Padded tokens in one run of the encoder."""
+_MOST_CHARACTERS = 32
+"""Characters read for each token that counts: a text of megabytes need not be tokenized whole."""
+_BATCH_TOKENS = 512
+"""Tokens in one run of the encoder, at most; larger runs leave the processor's caches."""
 
 
 class SentenceEncoder:
     """Texts to unit vectors; pooling and normalization are in the graph."""
 
-    def __init__(self, model: Path, tokenizer: Path, *, threads: int = 1) -> None:
+    def __init__(
+        self, model: Path, tokenizer: Path, *, threads: int = 1, max_tokens: int = MOST_TOKENS
+    ) -> None:
         self._session = open_session(model, threads)
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(_MOST_TOKENS)
+        self._tokenizer.enable_truncation(max_tokens)
+        # "[SEP]" in a text is five characters, not the end of the sentence.
         self._tokenizer.encode_special_tokens = True
+        self._most_characters = _MOST_CHARACTERS * max_tokens
+        self.dim = len(self._run([[0]])[0])
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Embeddings [texts, dim], each of length 1, in the order of the texts."""
-        encoded = self._tokenizer.encode_batch([text[: 32 * _MOST_TOKENS] for text in texts])
+        """Embeddings [texts, dim], each of length 1, in the order of the texts.
+
+        Only texts of the same number of tokens share a run: nothing is padded, so a text has the
+        same vector whatever stands beside it, and sooner (measured: 780 sentences a second on one
+        thread against 440 in padded batches of 2,048 tokens). A text without tokens (a blank one,
+        where the tokenizer adds no marks) has the zero vector.
+        """
+        encoded = self._tokenizer.encode_batch([text[: self._most_characters] for text in texts])
         ids = [e.ids for e in encoded]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        rows: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(ids)
-        at = 0
-        while at < len(order):
-            stop = at + 1
-            while stop < len(order) and len(ids[order[stop]]) * (stop + 1 - at) <= _BATCH_TOKENS:
-                stop += 1
-            batch = order[at:stop]
-            tokens = np.zeros((len(batch), len(ids[batch[-1]])), dtype=np.int64)
-            mask = np.zeros_like(tokens)
-            for row, i in enumerate(batch):
-                tokens[row, : len(ids[i])] = ids[i]
-                mask[row, : len(ids[i])] = 1
-            vectors = self._session.run(None, {"input_ids": tokens, "attention_mask": mask})[0]
-            for row, i in enumerate(batch):
-                rows[i] = vectors[row]
-            at = stop
-        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
+        vectors = np.zeros((len(ids), self.dim), np.float32)
+        by_length = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
+        for length, group in groupby(by_length, key=lambda i: len(ids[i])):
+            members = list(group)
+            size = max(1, _BATCH_TOKENS // length)
+            for at in range(0, len(members), size):
+                batch = members[at : at + size]
+                vectors[batch] = self._run([ids[i] for i in batch])
+        return vectors
+
+    def _run(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
+        tokens = np.array(ids, dtype=np.int64)
+        inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+        vectors: npt.NDArray[np.float32] = self._session.run(["embeddings"], inputs)[0]
+        return vectors

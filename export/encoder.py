@@ -124,8 +124,7 @@ def transformer_folder(source: Path) -> Path:
 
 
 def _pooling_modes(config: dict[str, Any]) -> list[str]:
-    """What a pooling module's config asks for: one key since sentence-transformers 5.5, before
-    that a flag for each mode."""
+    """What a pooling module's config asks for: in one key, or (older files) a flag a mode."""
     if "pooling_mode" in config:
         modes = config["pooling_mode"]
         return [modes] if isinstance(modes, str) else list(modes)
@@ -146,10 +145,8 @@ def trace(
 ) -> onnx.ModelProto:
     """Export a module; `inputs` and `outputs` name the dynamic axes of each."""
     with TemporaryDirectory() as folder, torch.inference_mode(), warnings.catch_warnings():
-        # The exporter calls itself deprecated, and calls sizes that the model compares with
-        # its own constants: neither is news.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        # The exporter says that it is deprecated, and that shape checks become constants.
+        warnings.simplefilter("ignore")
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
             module,

@@ -1,0 +1,213 @@
+"""Per-token int8: one matrix product, one lookup, one shared activation at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from export.quantize import quantize_gathers, quantize_graph, quantize_matmuls
+
+Array = npt.NDArray[np.float32]
+K, N = 96, 40
+
+
+def graph(
+    nodes: Sequence[NodeProto],
+    constants: Mapping[str, npt.NDArray[np.generic]],
+    outputs: Sequence[str] = ("y",),
+    *,
+    rank: int = 3,
+    opset: int = 17,
+) -> ModelProto:
+    """A model of activations x of this rank, or of ids x where it begins with a lookup."""
+    lookup = nodes[0].op_type == "Gather"
+    sizes = [f"size{axis}" for axis in range(rank)]
+    results = [f"result{axis}" for axis in range(rank + lookup)]
+    kind = TensorProto.INT64 if lookup else TensorProto.FLOAT
+    return helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "test",
+            [helper.make_tensor_value_info("x", kind, sizes)],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, results) for name in outputs],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+
+
+def run(model: ModelProto, x: npt.NDArray[np.generic]) -> list[Array]:
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"x": x})
+
+
+def product(weight: Array, opset: int = 17) -> ModelProto:
+    return graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight}, opset=opset)
+
+
+def constants(model: ModelProto) -> dict[str, npt.NDArray[np.generic]]:
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def error(found: Array, wanted: Array) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def weight(random: np.random.Generator) -> Array:
+    return random.uniform(-1, 1, (K, N)).astype(np.float32)
+
+
+@pytest.fixture
+def x(random: np.random.Generator) -> Array:
+    return random.normal(size=(2, 7, K)).astype(np.float32)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18])
+def test_a_product_is_near_the_float_one(x: Array, weight: Array, opset: int) -> None:
+    found = run(quantize_matmuls(product(weight, opset)), x)[0]
+    assert found.shape == (2, 7, N)
+    assert error(found, x @ weight) < 0.015
+
+
+def test_a_row_is_the_same_alone_and_amid_far_greater_rows(x: Array, weight: Array) -> None:
+    """One scale for the tensor would leave nothing of the small row: the reason for per-token."""
+    model = quantize_matmuls(product(weight))
+    row = x[0, 3]
+    amid = np.concatenate([x[0, :3] * 1000, row[None], x[1] * 1000])
+    assert np.array_equal(run(model, row[None, None])[0][0, 0], run(model, amid[None])[0][0, 3])
+
+
+def test_a_row_of_zeros_gives_zeros(weight: Array) -> None:
+    assert not run(quantize_matmuls(product(weight)), np.zeros((1, 3, K), np.float32))[0].any()
+
+
+@pytest.mark.parametrize("weight_range", [63, 127])
+def test_weights_stay_in_range_and_the_float_ones_are_gone(
+    weight: Array, weight_range: int
+) -> None:
+    """Beyond 63, AVX2 without VNNI saturates."""
+    kept = constants(quantize_matmuls(product(weight), weight_range=weight_range))
+    matrix = kept["product0_int8"]
+    assert matrix.dtype == np.int8
+    assert np.abs(matrix.astype(int)).max() == weight_range
+    assert all(value.shape != (K, N) or value.dtype == np.int8 for value in kept.values())
+
+
+def test_products_at_the_largest_values_do_not_saturate() -> None:
+    """255 and 63 in every place: the case that 16-bit pair sums must hold."""
+    x, weight = np.ones((1, 2, K), np.float32), np.ones((K, N), np.float32)
+    assert np.allclose(run(quantize_matmuls(product(weight)), x)[0], K, rtol=1e-5)
+
+
+def test_a_gemm_keeps_its_bias(x: Array, weight: Array) -> None:
+    bias = np.arange(N, dtype=np.float32)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    model = graph([node], {"w": np.ascontiguousarray(weight.T), "b": bias}, rank=2)
+    quantize_matmuls(model)
+    assert "MatMulInteger" in {n.op_type for n in model.graph.node}
+    assert error(run(model, x[0])[0], x[0] @ weight + bias) < 0.015
+
+
+def test_a_transposed_constant_is_folded(x: Array, weight: Array) -> None:
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "wt"], ["y"]),
+    ]
+    model = quantize_matmuls(graph(nodes, {"w": np.ascontiguousarray(weight.T)}))
+    assert "Transpose" not in {n.op_type for n in model.graph.node}
+    assert error(run(model, x)[0], x @ weight) < 0.015
+
+
+def test_other_products_stay(weight: Array) -> None:
+    """A scaled Gemm, and a product of two activations."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["scaled"], alpha=2.0),
+        helper.make_node("MatMul", ["scaled", "scaled"], ["y"]),
+    ]
+    model = graph(nodes, {"w": weight}, rank=2)
+    before = model.SerializeToString()
+    assert quantize_matmuls(model).SerializeToString() == before
+
+
+def test_products_of_one_activation_quantize_it_once(x: Array, random: np.random.Generator) -> None:
+    """The query, key and value of attention."""
+    weights = {name: random.uniform(-1, 1, (K, N)).astype(np.float32) for name in "qkv"}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in weights]
+    model = quantize_matmuls(graph(nodes, weights, ["yq", "yk", "yv"]))
+    counts = Counter(n.op_type for n in model.graph.node)
+    assert (counts["MatMulInteger"], counts["Round"], counts["ReduceMax"]) == (3, 1, 1)
+    for found, matrix in zip(run(model, x), weights.values(), strict=True):
+        assert error(found, x @ matrix) < 0.015
+
+
+def test_samples_keep_outlier_channels_in_float(x: Array, weight: Array) -> None:
+    x[..., [5, 60]] *= 50
+    plain = run(quantize_matmuls(product(weight)), x)[0]
+    model = quantize_matmuls(product(weight), samples=[{"x": x[:1]}])
+    assert constants(model)["rows0_columns"].tolist() == [5, 60]
+    found = run(model, x)[0]
+    assert error(found, x @ weight) < error(plain, x @ weight) / 5
+
+
+def test_samples_without_outliers_change_nothing(x: Array, weight: Array) -> None:
+    plain = quantize_matmuls(product(weight))
+    assert quantize_matmuls(product(weight), samples=[{"x": x}]) == plain
+
+
+def test_a_lookup_reads_int8_rows(random: np.random.Generator) -> None:
+    table = (random.normal(size=(300, 32)) * 10.0 ** random.integers(-3, 3, (300, 1))).astype(
+        np.float32
+    )
+    table[7] = 0
+    node = helper.make_node("Gather", ["table", "x"], ["y"])
+    model = graph([node], {"table": table}, rank=2)
+    quantize_gathers(model, smallest_table=1000)
+    assert model.ByteSize() < table.nbytes / 3
+    ids = np.array([[0, 7, 299], [7, 12, 0]])
+    found = run(model, ids)[0]
+    assert found.shape == (2, 3, 32)
+    steps = np.abs(table[ids]).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(found - table[ids]) <= steps * 0.501).all()
+
+
+@pytest.mark.parametrize(("axis", "smallest"), [(0, 301 * 32), (1, 1000)])
+def test_small_tables_and_other_axes_stay(
+    random: np.random.Generator, axis: int, smallest: int
+) -> None:
+    table = random.normal(size=(300, 32)).astype(np.float32)
+    node = helper.make_node("Gather", ["table", "x"], ["y"], axis=axis)
+    model = graph([node], {"table": table}, rank=2)
+    before = model.SerializeToString()
+    assert quantize_gathers(model, smallest_table=smallest).SerializeToString() == before
+
+
+def test_one_table_can_be_looked_up_and_multiplied(random: np.random.Generator) -> None:
+    """Tied embeddings; and a second pass finds nothing left to do."""
+    table = random.uniform(-1, 1, (2100, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "x"], ["row"]),
+        helper.make_node("Transpose", ["table"], ["output"], perm=[1, 0]),
+        helper.make_node("MatMul", ["row", "output"], ["y"]),
+    ]
+    model = quantize_graph(graph(nodes, {"table": table}, rank=1))
+    assert "table" not in constants(model)
+    ids = np.arange(5)
+    assert error(run(model, ids)[0], table[ids] @ table.T) < 0.02
+    again = ModelProto()
+    again.CopyFrom(model)
+    assert quantize_graph(again) == model
