@@ -140,7 +140,9 @@ def test_a_dry_run_counts_and_writes_nothing(bundle_folder: Path, tmp_path: Path
     source = EXAMPLES / "group_chat.jsonl"
     done = cli("label", source, "--bundle", bundle_folder, "-o", out, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 dialogues, 22 utterances")
+    dialogues = records(source.read_bytes())
+    turns = sum(len(dialogue["utterances"]) for dialogue in dialogues)
+    assert done.stdout.startswith(f"{len(dialogues)} dialogues, {turns} utterances")
     assert not list(tmp_path.iterdir())
 
 

@@ -69,6 +69,8 @@ def fit(
 
 
 def _fit(recipe: Any, output: Path, bf16: bool) -> None:
+    import torch
+
     from ercbatch import bundle as files
     from ercbatch.encoder import SentenceEncoder
     from ercbatch.torch_model import PackedModel, load_causal_lm
@@ -82,6 +84,7 @@ def _fit(recipe: Any, output: Path, bf16: bool) -> None:
     settings: dict[str, Any] = {"attn_implementation": "sdpa"}
     model, tokenizer = load_causal_lm(recipe.base, **settings)
     packed = PackedModel(model)
+    torch.manual_seed(recipe.seed)  # before the adapters: their weights are drawn too
     network: Any = add_lora(packed, recipe) if recipe.method == "lora" else None
     banks = {}
     if recipe.demonstrations:

@@ -105,7 +105,6 @@ def fit(
         FloatingPointError: the loss is no longer a number; what `keep` saved stands.
     """
     accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
-    torch.manual_seed(recipe.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
