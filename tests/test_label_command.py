@@ -72,7 +72,7 @@ def test_bad_lines_become_rejects_and_the_rest_is_labelled(
         assert source.read_bytes()[reject["byte"] :].startswith(lines[reject["line"] - 1])
         assert reject["reason"]
         assert lines[reject["line"] - 1].decode().startswith(reject["raw"])
-    assert [r["id"] for r in records(out.read_bytes())] == [1, 6]
+    assert [r["id"] for r in records(out.read_bytes())] == [1, 6, 7]
 
 
 def test_max_errors_gives_up_and_leaves_nothing(bundle_folder: Path, tmp_path: Path) -> None:
