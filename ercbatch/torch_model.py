@@ -20,6 +20,25 @@ from ercbatch.tokens import SegmentTokenizer, control_tokens
 from ercbatch.tree import Pack
 
 
+def check_config(source: str) -> None:
+    """See that a checkpoint's `config.json` asks for no code.
+
+    Raises:
+        UsageError: it does, or there is none.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise UsageError(f"{source}: no model there: {error}") from error
+    for key in config:
+        # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
+        # (CVE-2026-4372). Neither has a place in a file of data.
+        if key == "auto_map" or key.startswith("_attn_implementation"):
+            raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
+
+
 def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:
     """A causal language model and its tokenizer, from a checkpoint folder or a hub id.
 
@@ -28,17 +47,9 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
     Raises:
         UsageError: not a causal language model, or a config that asks to run code.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(source)
-    except OSError as error:
-        raise UsageError(f"{source}: no model there: {error}") from error
-    for key in raw:
-        # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
-        # (CVE-2026-4372). Neither has a place in a file of data.
-        if key == "auto_map" or key.startswith("_attn_implementation"):
-            raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
+    check_config(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False, **settings

@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from ercbatch import bundle
 from ercbatch.errors import UsageError
+from ercbatch.torch_model import check_config
 from export.quantize import Feed, quantize_graph
 
 OPSET = 17
@@ -66,6 +67,7 @@ def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -
         UsageError: not such a model.
     """
     inner = transformer_folder(Path(source))
+    check_config(str(inner))
     try:
         tokenizer = Tokenizer.from_file(str(inner / "tokenizer.json"))
         model = AutoModel.from_pretrained(
