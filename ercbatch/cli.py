@@ -21,7 +21,7 @@ CLOSED_PIPE = 141
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
 
 
-class _Failure(click.ClickException):
+class Failure(click.ClickException):
     """An error of ours, as click shows it."""
 
     def __init__(self, error: ErcbatchError) -> None:
@@ -39,7 +39,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except ErcbatchError as error:
-        raise _Failure(error) from error
+        raise Failure(error) from error
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

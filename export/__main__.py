@@ -6,13 +6,8 @@ from pathlib import Path
 
 import click
 
+from ercbatch.cli import Failure
 from ercbatch.errors import ErcbatchError
-
-
-class _Failure(click.ClickException):
-    def __init__(self, error: ErcbatchError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,7 +26,7 @@ def encoder(source: Path, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         export_encoder(source, output)
     except ErcbatchError as error:
-        raise _Failure(error) from error
+        raise Failure(error) from error
 
 
 @main.command()
@@ -90,7 +85,7 @@ def bundle(
     try:
         click.echo(export_bundle(run, output, options, force=force))
     except ErcbatchError as error:
-        raise _Failure(error) from error
+        raise Failure(error) from error
 
 
 if __name__ == "__main__":

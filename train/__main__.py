@@ -13,15 +13,8 @@ from typing import Any
 
 import click
 
+from ercbatch.cli import Failure
 from ercbatch.errors import ErcbatchError, UsageError
-
-
-class _Failure(click.ClickException):
-    """An error of ours, as click shows it."""
-
-    def __init__(self, error: ErcbatchError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +58,7 @@ def fit(
             raise UsageError(f"{output} holds a run: choose another folder, or give --force")
         _fit(read_recipe(recipe, base=base_, epochs=epochs, seed=seed), output, bf16)
     except ErcbatchError as error:
-        raise _Failure(error) from error
+        raise Failure(error) from error
 
 
 def _fit(recipe: Any, output: Path, bf16: bool) -> None:
