@@ -65,6 +65,11 @@ class Labeler:
             raise UsageError("the number of threads must be at least 1")
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(find_bundle(bundle))
         info = opened.info
+        if context == "both" and not info.later_turns:
+            raise UsageError(
+                f"bundle {info.name!r} was not trained with later turns in view: leave --context "
+                "at past, or train with later_turns in the recipe"
+            )
         self.bundle = opened
         self.labels = info.label_set(label_set)
         self._min_confidence = min_confidence

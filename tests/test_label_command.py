@@ -221,6 +221,12 @@ def test_demonstrations_and_later_turns_change_what_is_seen(bundle_folder: Path)
     assert len({first(), first(demonstrations=2), first(context="both")}) == 3
 
 
+def test_later_turns_are_refused_by_a_bundle_that_never_saw_any() -> None:
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--context", "both")
+    assert done.returncode == 2
+    assert "not trained with later turns" in done.stderr
+
+
 def test_the_runtime_needs_neither_torch_nor_transformers(
     bundle_folder: Path, tmp_path: Path
 ) -> None:
