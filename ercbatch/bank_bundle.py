@@ -21,8 +21,11 @@ def rebuild_with_examples(
     demonstrations: int,
     *,
     force: bool,
-) -> int:
-    """Write bundle `name` to `output` with these examples as its bank; how many there are.
+) -> tuple[int, bool]:
+    """Write bundle `name` to `output` with these examples as its bank.
+
+    Returns how many there are, and whether the bundle showed demonstrations before: one that
+    showed none was found better without.
 
     Raises:
         InputError: a bad example, or a label outside the label set.
@@ -52,4 +55,4 @@ def rebuild_with_examples(
         return info
 
     write_bundle(output, fill, force=force)
-    return len(found)
+    return len(found), bundle.info.demonstrations > 0
