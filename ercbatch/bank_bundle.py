@@ -24,8 +24,8 @@ def rebuild_with_examples(
 ) -> tuple[int, bool]:
     """Write bundle `name` to `output` with these examples as its bank.
 
-    Returns how many there are, and whether the bundle showed demonstrations before: one that
-    showed none was found better without.
+    Returns how many there are, and whether the bundle's model was trained with as many as a
+    question now shows.
 
     Raises:
         InputError: a bad example, or a label outside the label set.
@@ -55,4 +55,4 @@ def rebuild_with_examples(
         return info
 
     write_bundle(output, fill, force=force)
-    return len(found), bundle.info.demonstrations > 0
+    return len(found), demonstrations <= bundle.info.demonstrations_trained

@@ -293,11 +293,11 @@ def bank_build(
     with _errors():
         from ercbatch.bank_bundle import rebuild_with_examples
 
-        count, shown = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
+        count, fit = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
     click.echo(f"{output}: {count:,} demonstrations", err=True)
-    if not shown:
+    if not fit:
         click.echo(
-            f"warning: bundle {name} shows no demonstrations by default, because its labels are "
-            "better without: compare the two with `ercbatch evaluate` before you use the new one",
+            f"warning: the model of bundle {name} was not trained with {demos} demonstrations: "
+            "compare the two with `ercbatch evaluate` before you use the new one",
             err=True,
         )

@@ -22,6 +22,8 @@ from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import InputError, RecordError, UsageError
 
 STDIN = "-"
+MANIFEST, REJECTS = ".manifest.json", ".rejects.jsonl"
+"""What a run writes beside its output is named after it, with these endings."""
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
 _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
@@ -86,6 +88,9 @@ class Counts:
 def expand_inputs(names: Sequence[str]) -> list[str]:
     """Files, folders (their JSONL files, sorted), glob patterns and `-`, as file names.
 
+    What a labelling run left in a folder (an output with its manifest beside it, rejects) is not
+    input again.
+
     Raises:
         UsageError: `-` more than once.
         InputError: nothing of that name, or nothing in it.
@@ -104,10 +109,17 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
 def _expand(name: str) -> list[str]:
     path = Path(name)
     if path.is_dir():
-        inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS) and p.is_file())
+        inside = sorted(
+            str(p)
+            for p in path.iterdir()
+            if p.name.endswith(_ENDINGS)
+            and not p.name.endswith(REJECTS)
+            and not p.with_name(p.name + MANIFEST).exists()
+            and p.is_file()
+        )
         if not inside:
             raise InputError(
-                f"{name}: no JSONL file in this folder: name the files, or rename them to "
+                f"{name}: no JSONL file to label in this folder: name the files, or rename them to "
                 "*.jsonl (or .jsonl.gz, .jsonl.zst)"
             )
         return inside

@@ -20,7 +20,16 @@ from ercbatch.dialogues import Dialogue, LabeledDialogue
 from ercbatch.errors import InputError, UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.progress import Progress
-from ercbatch.records import STDIN, Accepted, Counts, Reject, dump_record, read_records
+from ercbatch.records import (
+    MANIFEST,
+    REJECTS,
+    STDIN,
+    Accepted,
+    Counts,
+    Reject,
+    dump_record,
+    read_records,
+)
 from ercbatch.transcript import print_dialogue, printable
 
 _TIMED = 200
@@ -147,7 +156,7 @@ def run_label(labeler: Callable[[], Labeler], options: RunOptions) -> RunSummary
     """
     output, rejects = options.output, options.rejects
     if output is not None:
-        rejects = rejects or output.with_name(output.name + ".rejects.jsonl")
+        rejects = rejects or output.with_name(output.name + REJECTS)
         _check_output(output, options)
     loaded = labeler()
     summary = RunSummary()
@@ -249,7 +258,7 @@ def write_manifest(
         },
         "seconds": round(summary.seconds, 3),
     }
-    path = output.with_name(output.name + ".manifest.json")
+    path = output.with_name(output.name + MANIFEST)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

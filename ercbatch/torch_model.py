@@ -78,9 +78,13 @@ class Batch(NamedTuple):
     reads: Tensor
 
 
-def collate(packs: Sequence[Pack]) -> Batch:
-    """Packs padded to the longest. A padding token is seen by nothing but itself."""
-    length = max(len(pack) for pack in packs)
+def collate(packs: Sequence[Pack], multiple: int = 1) -> Batch:
+    """Packs padded to the longest, and that to a multiple of `multiple`.
+
+    A padding token is seen by nothing but itself. Products are prepared once for each shape: few
+    different lengths make training several per cent faster on a CPU.
+    """
+    length = -(-max(len(pack) for pack in packs) // multiple) * multiple
     tokens = np.zeros((len(packs), length), dtype=np.int64)
     positions = np.zeros_like(tokens)
     ends = np.tile(np.arange(1, length + 1, dtype=np.int64), (len(packs), 1))

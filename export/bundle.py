@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,31 +11,28 @@ from typing import Any
 
 import numpy as np
 import onnx
-from peft import PeftModel
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
 from ercbatch.bank import DemonstrationBank, read_examples
 from ercbatch.bundle import BundleInfo, write_bundle
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import UsageError
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet, label_set
 from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
 from ercbatch.pipeline import Engine
 from ercbatch.prompts import template
 from ercbatch.scoring import Scorer, calibrated
-from ercbatch.tokens import ControlTokens, SegmentTokenizer
-from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Renderer, Task, Window, join
+from ercbatch.tree import Question, Renderer, Task, join
 from export.model import export_scorer
 from export.quantize import quantize_graph
 from train.recipe import Source
+from train.run import load_run
 from train.samples import Dataset, read_dataset
 from train.validate import Predictions, predict
 
-_SAMPLED = 16
+_SAMPLED = 64
 """Training dialogues that quantization samples activations from."""
 _QUANTIZATION = {
     "int8": "int8 weights within ±63, int8 activations per token; int8 embedding rows",
@@ -58,50 +54,20 @@ class BundleOptions:
     base_name: str | None = None
 
 
-def load_run(run: Path) -> tuple[Mapping[str, Any], PackedModel, SegmentTokenizer]:
-    """(run.json, the model with its adapter merged, tokenizer) of a run folder.
-
-    Raises:
-        UsageError: not a run folder, or its base is missing.
-    """
-    path = run / "run.json"
-    try:
-        described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recipe = described["recipe"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
-        ) from error
-    settings = {"attn_implementation": "eager"}
-    if recipe["method"] == "full":
-        # save_pretrained wrote no tokenizer files: the run's own tokenizer.json is beside it.
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            run / "model", use_safetensors=True, **settings
-        )
-    else:
-        model, _ = load_causal_lm(recipe["base"], **settings)
-        model = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload()
-    controls = ControlTokens.from_json(described["controls"])
-    tokenizer = SegmentTokenizer.from_file(run / files.TOKENIZER, controls)
-    return described, PackedModel(model.float().eval()), tokenizer
-
-
 def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: bool = False) -> str:
     """Write the bundle of a run; a summary of what was measured."""
-    described, model, tokenizer = load_run(run)
-    recipe = described["recipe"]
-    window = Window(**recipe["window"])
-    sets = tuple(label_set(name) for name in dict.fromkeys(s["labels"] for s in recipe["train"]))
-    wording = template(recipe["template"])
-    renderers = {s.name: Renderer(tokenizer, wording, window, s.labels) for s in sets}
+    # The exporter traces attention in its plain form.
+    trained = load_run(run, attention="eager")
+    recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
+    sets = tuple(label_set(name) for name in dict.fromkeys(s.labels for s in recipe.train))
+    wording = template(recipe.template)
+    renderers = {s.name: Renderer(tokenizer, wording, recipe.window, s.labels) for s in sets}
     tokens = sorted({token for r in renderers.values() for token in r.trie.tokens})
     head = model.answer_head(tokens)
-    held_out = [read_dataset(Source(**source)) for source in recipe["valid"]]
+    held_out = [read_dataset(source) for source in recipe.valid]
     graph = export_scorer(model)
     if options.quantize == "int8":
-        quantize_graph(graph, samples=_samples(renderers[sets[0].name], recipe["train"][0]))
+        quantize_graph(graph, samples=_samples(renderers[sets[0].name], recipe.train[0]))
     lines: list[str] = []
 
     def fill(part: Path) -> BundleInfo:
@@ -119,8 +85,8 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
         quality: dict[str, Any] = {}
         for dataset in held_out:
             name = dataset.labels.name
-            found = _measure(scorer, renderers[name], dataset, recipe["pack_tokens"])
-            reference = _measure(original, renderers[name], dataset, recipe["pack_tokens"])
+            found = _measure(scorer, renderers[name], dataset, recipe.pack_tokens)
+            reference = _measure(original, renderers[name], dataset, recipe.pack_tokens)
             temperatures[name], figures = _figures(found, reference)
             quality[f"{name}, validation split"] = figures
             lines.append(f"{name}: {figures}")
@@ -131,13 +97,14 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
             template=wording.name,
             template_version=wording.version,
             controls=tokenizer.controls,
-            window=window,
-            later_turns=recipe["later_window"] if recipe["later_turns"] else 0,
-            pack_tokens=recipe["pack_tokens"],
+            window=recipe.window,
+            later_turns=recipe.later_window if recipe.later_turns else 0,
+            pack_tokens=recipe.pack_tokens,
             demonstrations=options.demonstrations,
+            demonstrations_trained=recipe.demonstrations_most if recipe.demonstrations else 0,
             temperatures=temperatures,
             quantization=_QUANTIZATION[options.quantize],
-            base=options.base_name or recipe["base"],
+            base=options.base_name or recipe.base,
             data=(*options.provenance, f"demonstrations: {len(examples)} written examples"),
             licence=options.licence,
             quality=quality,
@@ -149,9 +116,9 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
     return "\n".join(lines)
 
 
-def _samples(renderer: Renderer, source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _samples(renderer: Renderer, source: Source) -> list[Mapping[str, Any]]:
     """Inputs of the graph from a few training dialogues: they show its activations' outliers."""
-    dialogues = read_dataset(Source(**source)).dialogues[:_SAMPLED]
+    dialogues = [scene.dialogue for scene in read_dataset(source).scenes[:_SAMPLED]]
     return [
         feed(join([(0, tree)]))
         for dialogue in dialogues
@@ -162,7 +129,7 @@ def _samples(renderer: Renderer, source: Mapping[str, Any]) -> list[Mapping[str,
 
 
 def _measure(scorer: Scorer, renderer: Renderer, dataset: Dataset, pack_tokens: int) -> Predictions:
-    return predict(Engine(scorer, renderer, 1.0, pack_tokens), dataset.dialogues, dataset.labels)
+    return predict(Engine(scorer, renderer, 1.0, pack_tokens), dataset)
 
 
 def _figures(found: Predictions, reference: Predictions) -> tuple[float, dict[str, float]]:

@@ -12,6 +12,7 @@ AVX2 kernel adds pairs of u8 x s8 products in saturating 16 bits: 2 * 255 * 63 s
 Transformers have a few input channels of far greater magnitude than the rest: they coarsen the
 scale of every row. Sample inputs show which; those columns can stay in float32 (LLM.int8(),
 arXiv 2208.07339, decides by the magnitudes of the batch at hand: here the choice is fixed).
+Where the samples are many enough, they also guide how the weights are rounded (export/rounding.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from export.rounding import Array, Correlation, quantize_rows, quantize_rows_for
+
 AVX2_RANGE = 63
 """Largest weight whose products cannot saturate AVX2's 16-bit pair sums."""
 SMALLEST_TABLE = 1 << 16
@@ -36,15 +39,11 @@ a mean cosine with the float32 ones of 0.993 with none, 0.998 with 2, and no mor
 OUTLIER = 4.0
 """A channel counts as one when its peak is this many times the median channel's."""
 
-Array = npt.NDArray[np.float32]
+ROWS_PER_CHANNEL = 2
+"""Sample rows for each input channel, at least, for the samples to guide the rounding of weights.
+Fewer would fit the weights to those rows alone."""
+
 Feed = Mapping[str, npt.NDArray[np.generic]]
-
-
-def quantize_rows(table: Array, limit: int) -> tuple[npt.NDArray[np.int8], Array]:
-    """(int8 [rows, n] within +-limit, float32 scales [rows, 1]) of a table [rows, n]."""
-    scales = np.abs(table).max(axis=1, keepdims=True) / limit
-    scales = np.where(scales == 0, 1, scales).astype(np.float32)
-    return np.round(table / scales).clip(-limit, limit).astype(np.int8), scales
 
 
 def quantize_graph(
@@ -66,13 +65,13 @@ def quantize_matmuls(
         model: opset 13 or later.
         weight_range: largest absolute int8 weight; 127 only where the CPU has VNNI.
         samples: inputs of the graph. With them, the channels of each activation that reach
-            highest keep float32 weights.
+            highest keep float32 weights, and the others' rounding errors are made to cancel.
     """
     graph = _Graph(model)
     products = [p for node in model.graph.node if (p := graph.product(node)) is not None]
-    peaks = _peaks(model, list(dict.fromkeys(p.activation for p in products)), samples)
+    seen = _statistics(model, list(dict.fromkeys(p.activation for p in products)), samples)
     for number, product in enumerate(products):
-        graph.quantize_product(product, f"product{number}", weight_range, peaks)
+        graph.quantize_product(product, f"product{number}", weight_range, seen)
     graph.finish()
     onnx.checker.check_model(model)
     return model
@@ -89,8 +88,31 @@ def quantize_gathers(model: ModelProto, *, smallest_table: int = SMALLEST_TABLE)
     return model
 
 
-def _peaks(model: ModelProto, names: list[str], samples: Sequence[Feed]) -> dict[str, Array]:
-    """Greatest magnitude [k] of each channel of the named activations over the samples."""
+@dataclass(slots=True)
+class _Statistics:
+    """Of an activation: how many `rows` were seen, the greatest magnitude of each channel
+    (`peaks` [k]), and the sum of the rows' outer products (`correlation` [k, k])."""
+
+    rows: int
+    peaks: Array
+    correlation: Correlation
+
+    @property
+    def enough(self) -> bool:
+        """Whether the correlation says something of rows that were not seen."""
+        return self.rows >= ROWS_PER_CHANNEL * len(self.peaks)
+
+    def add(self, rows: Array) -> None:
+        """Take rows [n, k] in."""
+        self.rows += len(rows)
+        self.peaks = np.maximum(self.peaks, np.abs(rows).max(axis=0))
+        self.correlation += rows.T @ rows
+
+
+def _statistics(
+    model: ModelProto, names: list[str], samples: Sequence[Feed]
+) -> dict[str, _Statistics]:
+    """What the named activations are over the samples."""
     if not samples or not names:
         return {}
     probe = ModelProto()
@@ -102,11 +124,14 @@ def _peaks(model: ModelProto, names: list[str], samples: Sequence[Feed]) -> dict
     session = onnxruntime.InferenceSession(
         probe.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    runs = [
-        [np.abs(value).reshape(-1, value.shape[-1]).max(axis=0) for value in session.run(None, s)]
-        for s in map(dict, samples)
-    ]
-    return {name: np.max(values, axis=0) for name, *values in zip(names, *runs, strict=True)}
+    seen: dict[str, _Statistics] = {}
+    for sample in samples:
+        for name, value in zip(names, session.run(None, dict(sample)), strict=True):
+            size = value.shape[-1]
+            if name not in seen:
+                seen[name] = _Statistics(0, np.zeros(size, np.float32), np.zeros((size, size)))
+            seen[name].add(value.reshape(-1, size))
+    return seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +202,21 @@ class _Graph:
         return _Product(node.input[0], weight, bias, node.output[0])
 
     def quantize_product(
-        self, product: _Product, name: str, limit: int, peaks: Mapping[str, Array]
+        self, product: _Product, name: str, limit: int, seen: Mapping[str, _Statistics]
     ) -> None:
         """Replace a product by its per-token int8 form; `name` begins the new names."""
         nodes: list[NodeProto] = []
-        rows = self._per_token(product.activation, nodes, peaks)
-        inner = product.weight.copy()
-        inner[rows.columns] = 0
-        channels, scales = quantize_rows(np.ascontiguousarray(inner.T), limit)
+        statistics = seen.get(product.activation)
+        rows = self._per_token(product.activation, nodes, statistics)
+        inside = np.ones(len(product.weight), dtype=bool)
+        inside[rows.columns] = False
+        inner = np.ascontiguousarray((product.weight * inside[:, None]).T)
+        if statistics is not None and statistics.enough:
+            within = statistics.correlation * np.outer(inside, inside)
+            channels, scales = quantize_rows_for(inner, limit, within)
+            channels[:, ~inside] = 0
+        else:
+            channels, scales = quantize_rows(inner, limit)
         weight = self._constant(f"{name}_int8", np.ascontiguousarray(channels.T))
         channel_scale = self._constant(f"{name}_scale", scales[:, 0])
         zero_point = self._constant("rows_zero_point", np.array(128, np.uint8))
@@ -204,15 +236,16 @@ class _Graph:
             value = _add(nodes, operator, [value, operand], output)
         self._replaced[product.output] = nodes
 
-    def _per_token(self, x: str, nodes: list[NodeProto], peaks: Mapping[str, Array]) -> _Rows:
+    def _per_token(self, x: str, nodes: list[NodeProto], seen: _Statistics | None) -> _Rows:
         """The quantized activation; computed once however many products share it."""
         if x in self._rows:
             return self._rows[x]
         name = f"rows{len(self._rows)}"
         inner, floats = x, ""
-        columns = _outliers(peaks[x]) if x in peaks else np.empty(0, np.int64)
-        if len(columns):
-            inside = self._constant(f"{name}_inside", ~np.isin(np.arange(len(peaks[x])), columns))
+        columns = np.empty(0, np.int64) if seen is None else _outliers(seen.peaks)
+        if seen is not None and len(columns):
+            channels = np.arange(len(seen.peaks))
+            inside = self._constant(f"{name}_inside", ~np.isin(channels, columns))
             zero = self._constant("rows_zero", np.array(0, np.float32))
             inner = _add(nodes, "Where", [inside, x, zero], f"{name}_inner")
             places = self._constant(f"{name}_columns", columns)

@@ -251,6 +251,13 @@ def test_expands_folders_globs_and_stdin(tmp_path: Path) -> None:
     folder = str(tmp_path)
     names = ["a.jsonl", "b.jsonl.gz", "c.ndjson", "d.jsonl.zst"]
     assert expand_inputs([folder]) == [f"{folder}/{name}" for name in names]
+    # What a run left there is not input again, unless it is named.
+    for name in ("out.jsonl", "out.jsonl.manifest.json", "out.jsonl.rejects.jsonl"):
+        write(tmp_path, b"", name)
+    assert expand_inputs([folder]) == [f"{folder}/{name}" for name in names]
+    assert expand_inputs([f"{folder}/out.jsonl"]) == [f"{folder}/out.jsonl"]
+    for name in ("out.jsonl", "out.jsonl.manifest.json", "out.jsonl.rejects.jsonl"):
+        (tmp_path / name).unlink()
     assert expand_inputs(["-", f"{folder}/*.jsonl*"]) == [
         "-",
         *(f"{folder}/{name}" for name in ("a.jsonl", "b.jsonl.gz", "d.jsonl.zst")),
@@ -264,7 +271,7 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     for name in (f"{tmp_path}/none.jsonl", f"{tmp_path}/*.jsonl", "x" * 5000, ""):
         with pytest.raises(InputError):
             expand_inputs([name])
-    with pytest.raises(InputError, match="no JSONL file in this folder"):
+    with pytest.raises(InputError, match="no JSONL file to label in this folder"):
         expand_inputs([str(tmp_path)])
     with pytest.raises(UsageError, match="twice"):
         expand_inputs(["-", "-"])

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import EXAMPLES, ROOT, python
 
+from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
+from ercbatch.labels import label_set
+from ercbatch.torch_model import load_causal_lm
+from ercbatch.tree import Window
+from train.dropout import dropout_settings
 from train.recipe import Recipe, Source, read_recipe
+from train.run import load_run
+from train.samples import Dataset, Sampler, Scene, read_dataset, without_overlap
 
 
 def test_training_learns_and_describes_its_run(trained: Path) -> None:
@@ -65,8 +75,6 @@ def test_labels_outside_the_set_are_refused_before_training(bert: Path, tmp_path
 
 
 def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -> None:
-    from ercbatch.torch_model import load_causal_lm
-
     for key in ("auto_map", "_attn_implementation_internal"):
         value = json.loads((bert / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**value, key: "evil"}))
@@ -80,3 +88,158 @@ def test_the_runtime_imports_neither_train_nor_export() -> None:
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] not in ("train", "export"), path
+
+
+def test_dialogues_that_share_a_long_line_with_validation_are_left_out() -> None:
+    def dataset(*texts: str) -> Dataset:
+        scenes = tuple(Scene(Dialogue((Utterance(text),)), (None,)) for text in texts)
+        return Dataset(Source("x", "meld"), label_set("meld"), scenes)
+
+    held_out = dataset("We found the parcel, at last!", "Oh no.")
+    ours = dataset("WE FOUND THE PARCEL AT LAST", "Oh no.", "We lost the parcel, at last!")
+    kept = without_overlap(ours, [held_out], 20)
+    assert [scene.dialogue.utterances[0].text for scene in kept.scenes] == [
+        "Oh no.",  # short lines are anybody's
+        "We lost the parcel, at last!",
+    ]
+
+
+def test_dropout_goes_by_the_names_of_the_architecture(checkpoint: Path) -> None:
+    recipe = Recipe(
+        base=str(checkpoint), train=(Source("y", "meld"),), dropout=0.0, attention_dropout=0.25
+    )
+    settings = dropout_settings(recipe)
+    model, _ = load_causal_lm(str(checkpoint), **settings)
+    assert 0.25 in settings.values()
+    assert all(getattr(model.config, name) == value for name, value in settings.items())
+    if model.config.model_type == "llama":
+        with pytest.raises(UsageError, match="a llama model has no dropout"):
+            dropout_settings(dataclasses.replace(recipe, dropout=0.1))
+
+
+def test_a_full_run_is_a_base_for_the_next(bert: Path, tmp_path: Path) -> None:
+    data = json.dumps(str(EXAMPLES / "labelled_chat.jsonl"))
+    tables = f"[[train]]\npath = {data}\nlabels = 'meld'\n[[valid]]\npath = {data}\nlabels = 'meld'"
+    for name, base in (("one", bert), ("two", tmp_path / "one" / "model")):
+        recipe = tmp_path / f"{name}.toml"
+        recipe.write_text(
+            f"base = {json.dumps(str(base))}\nmethod = 'full'\ntemplate = 'compact'\n"
+            f"epochs = 1\nlearning_rate = 1e-3\n{tables}\n"
+        )
+        done = python("-m", "train", "fit", recipe, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two"))
+    assert two["epochs"][0]["loss"] < one["epochs"][0]["loss"]
+    assert one["controls"] == two["controls"]
+
+
+def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path) -> None:
+    data = EXAMPLES / "labelled_chat.jsonl"
+
+    def write_recipe(name: str, table: str) -> Path:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            f"base = {json.dumps(str(bert))}\nmethod = 'full'\ntemplate = 'compact'\n"
+            f"epochs = 1\nlearning_rate = 1e-3\n[[train]]\n{table}\n"
+        )
+        return path
+
+    recipe = write_recipe("fold", f"path = {json.dumps(str(data))}\nlabels = 'meld'")
+    for fold in ("0/2", "1/2"):
+        run = tmp_path / fold[0]
+        done = python("-m", "train", "fit", recipe, "-o", run, "--fold", fold)
+        assert done.returncode == 0, done.stderr
+    done = python("-m", "train", "fit", recipe, "-o", tmp_path / "x", "--fold", "2/2")
+    assert done.returncode == 2
+    assert "K below N" in done.stderr
+
+    # One fold alone knows the other half of the dialogues by heart.
+    taught = tmp_path / "taught.jsonl"
+    ask = ("-m", "train", "teach", "--data", data, "-o", taught)
+    done = python(*ask, "--labels", "meld", tmp_path / "0")
+    assert done.returncode == 2
+    assert "every run was fitted on its dialogue 2" in done.stderr
+    assert not taught.exists()
+    done = python(*ask, "--labels", "meld", tmp_path / "0", tmp_path / "1")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in taught.read_text().splitlines()]
+    originals = [json.loads(line) for line in data.read_text().splitlines()]
+    assert len(records) == len(originals)
+    for record, original in zip(records, originals, strict=True):
+        for turn, before in zip(record["utterances"], original["utterances"], strict=True):
+            assert {k: v for k, v in turn.items() if k != "scores"} == before
+            assert sum(turn["scores"].values()) == pytest.approx(1, abs=1e-4)
+
+    # Under another label set nobody was fitted on them; there the labels are not read.
+    done = python(*ask, "--labels", "emorynlp", tmp_path / "0")
+    assert done.returncode == 0, done.stderr
+    table = f"path = {json.dumps(str(taught))}\nlabels = 'emorynlp'\nsoft = 1.0"
+    done = python("-m", "train", "fit", write_recipe("soft", table), "-o", tmp_path / "student")
+    assert done.returncode == 0, done.stderr
+    missing = table.replace(str(taught), str(data))
+    done = python("-m", "train", "fit", write_recipe("bare", missing), "-o", tmp_path / "y")
+    assert done.returncode == 4
+    assert "run `python -m train teach` first" in done.stderr
+
+
+def test_soft_targets_mix_scores_and_label(tmp_path: Path) -> None:
+    labels = label_set("meld").labels
+    scores = {label: 0.4 if label == "sad" else 0.1 for label in labels}
+    turn = {"text": "It's gone.", "label": "anger", "scores": scores}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"utterances": [turn, {**turn, "text": " "}]}) + "\n")
+    (scene,) = read_dataset(Source(str(path), "meld", soft=0.5)).scenes
+    assert scene.asked == [0]
+    assert scene.targets[0] is not None
+    expected = {**dict.fromkeys(labels, 0.05), "sad": 0.2, "angry": 0.55}
+    assert dict(zip(labels, scene.targets[0].tolist(), strict=True)) == pytest.approx(expected)
+
+
+def test_the_average_of_runs_has_their_mean_weights(bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data = json.dumps(str(EXAMPLES / "labelled_chat.jsonl"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"base = {json.dumps(str(bert))}\nmethod = 'full'\ntemplate = 'compact'\n"
+        f"epochs = 1\nlearning_rate = 1e-2\n[[train]]\npath = {data}\nlabels = 'meld'\n"
+    )
+    runs = [tmp_path / "1", tmp_path / "2"]
+    for run in runs:
+        done = python("-m", "train", "fit", recipe, "-o", run, "--seed", run.name)
+        assert done.returncode == 0, done.stderr
+    mean = tmp_path / "mean"
+    done = python("-m", "train", "average", *runs, "-o", mean)
+    assert done.returncode == 0, done.stderr
+    one, two, both = (load_file(r / "model" / "model.safetensors") for r in (*runs, mean))
+    name = next(n for n in one if n.endswith("query.weight"))
+    assert not torch.allclose(one[name], two[name])
+    assert torch.allclose(both[name], (one[name] + two[name]) / 2)
+    assert load_run(mean).recipe.seed == 1
+
+
+def test_adapters_are_not_averaged(trained: Path, tmp_path: Path) -> None:
+    done = python("-m", "train", "average", trained, trained, "-o", tmp_path / "mean")
+    assert done.returncode == 2
+    assert "only full-parameter runs" in done.stderr
+
+
+def test_token_dropout_thins_what_is_said_and_nothing_else(bert: Path) -> None:
+    said = " ".join(["train"] * 200)
+    scenes = (Scene(Dialogue((Utterance(said),)), (np.eye(7, dtype=np.float32)[0],)),)
+    dataset = Dataset(Source("x", "meld"), label_set("meld"), scenes)
+    _, tokenizer = load_causal_lm(str(bert))
+    (word,) = tokenizer.content("train", 9)
+
+    def drawn(share: float, epoch: int) -> list[int]:
+        recipe = Recipe(base="x", train=(dataset.source,), template="compact", token_dropout=share)
+        recipe = dataclasses.replace(recipe, window=Window(max_utterance_tokens=250))
+        (step,) = Sampler(recipe, [dataset], tokenizer, {}).epoch(epoch)
+        return [int(token) for token in step.batch.tokens[0] if token]
+
+    whole, thinned = drawn(0.0, 1), drawn(0.25, 1)
+    assert whole.count(word) == 200
+    assert 110 < thinned.count(word) < 180
+    assert [t for t in whole if t != word] == [t for t in thinned if t != word]
+    assert thinned == drawn(0.25, 1)  # an epoch is drawn alike each time
+    assert thinned != drawn(0.25, 2)

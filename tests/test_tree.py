@@ -17,11 +17,13 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
 from ercbatch.tree import (
     ALIGNMENT,
+    Pack,
     Question,
     Renderer,
     Segment,
     Task,
     Window,
+    graft,
     join,
     lay_out,
     pack,
@@ -78,6 +80,19 @@ def test_each_answer_sees_the_tokens_and_positions_of_its_separate_prompt(
     renderer = Renderer(tokenizer, template(wording), window, LABELS)
     asked = questions(dialogue, shown)
     packed = join(list(enumerate(renderer.trees(dialogue, asked))))
+    check_against_separate_prompts(renderer, dialogue, asked, packed)
+    # Training lays the trees' common beginning out once; speaker trees begin otherwise.
+    asked = [q for q in asked if q.task is not Task.SPEAKER]
+    trees = list(enumerate(renderer.trees(dialogue, asked)))
+    grafted = graft(trees, len(renderer.head))
+    check_against_separate_prompts(renderer, dialogue, asked, grafted)
+    heads = (len(trees) - 1) * len(renderer.head)
+    assert len(grafted) == sum(len(tree) for _, tree in trees) - heads
+
+
+def check_against_separate_prompts(
+    renderer: Renderer, dialogue: Dialogue, asked: list[Question], packed: Pack
+) -> None:
     sees = visible(packed.ends)
     answered = set()
     for index, _, read in packed.reads:

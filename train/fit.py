@@ -46,10 +46,10 @@ def step_loss(
     states = model(*step.batch)
     logits = model.logits(states, answer_tokens).float()
     log_probabilities = logits.masked_fill(~step.options, -torch.inf).log_softmax(-1)
-    gold = -log_probabilities.gather(1, step.targets[:, None])[:, 0]
+    log_probabilities = log_probabilities.masked_fill(~step.options, 0.0)
+    gold = -(step.targets * log_probabilities).sum(-1)
     if recipe.label_smoothing:
-        spread = -log_probabilities.masked_fill(~step.options, 0.0).sum(-1)
-        spread = spread / step.options.sum(-1)
+        spread = -log_probabilities.sum(-1) / step.options.sum(-1)
         gold = (1 - recipe.label_smoothing) * gold + recipe.label_smoothing * spread
     losses = []
     for task in (0, 1):
@@ -115,6 +115,7 @@ def fit(
         ],
         lr=recipe.learning_rate,
         betas=recipe.betas,
+        fused=True,
     )
     steps = len(list(sampler.epoch(0))) * recipe.epochs
     warm = max(1, round(steps * recipe.warmup))
@@ -183,7 +184,8 @@ def _figures(
 
 def _told(figures: EpochFigures, epochs: int) -> str:
     valid = "; ".join(
-        f"{name}: weighted F1 {100 * f['weighted_f1']:.2f}, macro {100 * f['macro_f1']:.2f}"
+        f"{name}: weighted F1 {100 * f['weighted_f1']:.2f}, macro {100 * f['macro_f1']:.2f}, "
+        f"log loss {f['log_loss']:.3f}"
         for name, f in figures.valid.items()
     )
     return (

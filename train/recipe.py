@@ -26,6 +26,25 @@ class Source:
     labels: str
     fraction: float = 1.0
     """Share of the dialogues that each epoch draws anew."""
+    leave_out: tuple[int, int] | None = None
+    """(k, n): leave out every n-th dialogue, from the k-th (from 0) on: a fold."""
+    soft: float = 0.0
+    """Share of an utterance's `scores` (as `python -m train teach` writes them) in what is learnt;
+    the rest is its `label`'s. At 1 the labels are not read: they may be another set's."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"recipe: fraction of {self.path} must be in (0, 1]")
+        if not 0 <= self.soft <= 1:
+            raise UsageError(f"recipe: soft of {self.path} must be in [0, 1]")
+        if self.leave_out is not None:
+            fold, folds = self.leave_out
+            if not 0 <= fold < folds:
+                raise UsageError(f"recipe: leave_out of {self.path} must be [k, n], k below n")
+
+    def left_out(self, number: int) -> bool:
+        """Whether the number-th dialogue of the file (from 0) is left out."""
+        return self.leave_out is not None and number % self.leave_out[1] == self.leave_out[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +88,15 @@ class Recipe:
     later_turns: float = 0.0
     """Share of the dialogues read with `later_window` later turns in view (not in the paper)."""
     later_window: int = 4
+    dropout: float | None = None
+    """Dropout of hidden states; None: what the base's own config says."""
+    attention_dropout: float | None = None
+    """Dropout of attention weights, likewise."""
+    token_dropout: float = 0.0
+    """Share of what people say that is left out, token by token, each time it is drawn."""
+    exclude_overlap: int = 0
+    """Leave out training dialogues that share a line of at least this many letters with a
+    validation dataset (series are cut differently by different datasets); 0 keeps all."""
     label_smoothing: float = 0.0
     class_balance: float = 0.0
     """Class weights: (label frequency) ** -class_balance, mean 1; 0 is none."""
@@ -89,8 +117,10 @@ class Recipe:
             raise UsageError("recipe: demonstrations need an encoder: name its folder")
         for source in (*self.train, *self.valid):
             label_set(source.labels)
-            if not 0 < source.fraction <= 1:
-                raise UsageError(f"recipe: fraction of {source.path} must be in (0, 1]")
+        for name in ("dropout", "attention_dropout", "token_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"recipe: {name} must be in [0, 1)")
         for name in ("epochs", "pack_tokens", "packs_per_step", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"recipe: {name} must be at least 1")
@@ -110,27 +140,41 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
-    for key in ("train", "valid"):
-        values[key] = tuple(
-            _source(path, table) for table in values.get(key, ()) if isinstance(table, Mapping)
-        )
-    if "window" in values:
-        values["window"] = _build(path, Window, values["window"])
     for key in ("base", "encoder"):
         if key in values and (path.parent / values[key]).exists():
             values[key] = str(path.parent / values[key])
+    for table in (*values.get("train", ()), *values.get("valid", ())):
+        if isinstance(table, dict) and "path" in table:
+            table["path"] = str(path.parent / table["path"])
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    return recipe_from(path, values)
+
+
+def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
+    """The recipe of plain values, as TOML or `Recipe.to_json` give them; `path` is for messages.
+
+    Raises:
+        UsageError: unknown keys, or values out of range.
+    """
+    values = dict(values)
+    for key in ("train", "valid"):
+        tables = values.get(key, ())
+        if not all(isinstance(table, Mapping) for table in tables):
+            raise UsageError(f"{path}: {key} is not a list of tables: write [[{key}]]")
+        values[key] = tuple(_source(path, table) for table in tables)
+    if "window" in values:
+        values["window"] = _build(path, Window, values["window"])
     for key in ("tasks", "betas", "lora_targets"):
         if key in values:
             values[key] = tuple(values[key])
-    values.update({key: value for key, value in overrides.items() if value is not None})
     recipe: Recipe = _build(path, Recipe, values)
     return recipe
 
 
 def _source(path: Path, table: Mapping[str, Any]) -> Source:
     values = dict(table)
-    if "path" in values:
-        values["path"] = str(path.parent / values["path"])
+    if values.get("leave_out") is not None:
+        values["leave_out"] = tuple(values["leave_out"])
     source: Source = _build(path, Source, values)
     return source
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.dialogues import Dialogue
 from ercbatch.evaluate import f1_figures
-from ercbatch.labels import LabelSet
 from ercbatch.pipeline import Engine
 from ercbatch.prompts import template
 from ercbatch.tokens import SegmentTokenizer
@@ -30,21 +28,29 @@ class Predictions:
     dialogue: npt.NDArray[np.int64]
 
     def figures(self) -> dict[str, float]:
-        """Weighted F1, macro F1 and accuracy."""
+        """Weighted F1, macro F1, accuracy, and the log loss (mean -log P(gold), in nats)."""
         labels = self.probabilities.shape[1]
         weighted, macro, accuracy = f1_figures(self.gold, self.probabilities.argmax(1), labels)
-        return {"weighted_f1": weighted, "macro_f1": macro, "accuracy": accuracy}
+        likelihood = self.probabilities[np.arange(len(self.gold)), self.gold].clip(1e-12)
+        log_loss = float(-np.log(likelihood).mean())
+        return {
+            "weighted_f1": weighted,
+            "macro_f1": macro,
+            "accuracy": accuracy,
+            "log_loss": log_loss,
+        }
 
 
-def predict(engine: Engine, dialogues: Iterable[Dialogue], labels: LabelSet) -> Predictions:
+def predict(engine: Engine, dataset: Dataset) -> Predictions:
     """What an engine says of every utterance that has a gold label."""
     gold, rows, owners = [], [], []
+    dialogues = (scene.dialogue for scene in dataset.scenes)
     for number, dialogue, answers in engine.run(enumerate(dialogues)):
         assert dialogue is not None  # every item is a dialogue
         for t, row in answers.items():
             label = dialogue.utterances[t].label
             if label is not None:
-                gold.append(labels.index(label))
+                gold.append(dataset.labels.index(label))
                 rows.append(row)
                 owners.append(number)
     return Predictions(np.array(gold), np.array(rows), np.array(owners))
@@ -73,6 +79,6 @@ class Validation:
         for dataset, renderer in self._datasets:
             scorer = TorchScorer(self._model, renderer.trie.tokens)
             engine = Engine(scorer, renderer, 1.0, self._pack_tokens)
-            predictions = predict(engine, dataset.dialogues, dataset.labels)
+            predictions = predict(engine, dataset)
             found[dataset.labels.name] = predictions.figures()
         return found

@@ -1,0 +1,98 @@
+"""Teaching: what trained runs say of dialogues, as `scores` for another run to learn from.
+
+A run's own training dialogues are no evidence: it has learnt their labels by heart, right or
+wrong. So about dialogues that a run was fitted on it is not asked. Runs that each left out
+another fold together speak of the whole dataset (cross-fitting), and of any other one all of them
+do, which is how unlabelled dialogues, or those of another label set, come into training
+(knowledge distillation, arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import UsageError
+from ercbatch.labels import LabelSet
+from ercbatch.pipeline import Engine
+from ercbatch.prompts import template
+from ercbatch.records import dump_record, read_dialogues
+from ercbatch.torch_scorer import TorchScorer
+from ercbatch.tree import Renderer
+from train.run import TrainedRun, digest, load_run
+
+_Rows = dict[int, npt.NDArray[np.float64]]
+
+
+def teach(
+    runs: Sequence[Path],
+    source: Path,
+    labels: LabelSet,
+    output: Path,
+    report: Callable[[str], None],
+    *,
+    bfloat16: bool = False,
+) -> int:
+    """Write the dialogues of `source` with the runs' mean `scores`; how many they are.
+
+    Raises:
+        UsageError: a dialogue that every run was fitted on, under this label set.
+        InputError: a bad line in `source`.
+    """
+    dialogues = [dialogue for _, dialogue in read_dialogues(source)]
+    sha256 = digest(source)
+    sums: list[_Rows] = [{} for _ in dialogues]
+    teachers = np.zeros(len(dialogues), dtype=int)
+    for folder in runs:
+        run = load_run(folder)
+        asked = [n for n in range(len(dialogues)) if not _fitted_on(run, sha256, labels, n)]
+        report(f"{folder}: {len(asked):,} of {len(dialogues):,} dialogues")
+        teachers[asked] += 1
+        device = next(run.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            for number, _, rows in _engine(run, labels).run((n, dialogues[n]) for n in asked):
+                for t, row in rows.items():
+                    sums[number][t] = sums[number].get(t, 0) + row
+    if not teachers.all():
+        raise UsageError(
+            f"{source}: every run was fitted on its dialogue {int(teachers.argmin()) + 1}: add a "
+            "run that left it out (`leave_out` in its recipe)"
+        )
+    with output.open("wb") as file:
+        for dialogue, rows, count in zip(dialogues, sums, teachers, strict=True):
+            file.write(dump_record(_scored(dialogue, rows, int(count), labels)))
+    return len(dialogues)
+
+
+def _fitted_on(run: TrainedRun, sha256: str, labels: LabelSet, number: int) -> bool:
+    return any(
+        run.data.get(source.path) == sha256
+        and source.labels == labels.name
+        and not source.left_out(number)
+        for source in run.recipe.train
+    )
+
+
+def _engine(run: TrainedRun, labels: LabelSet) -> Engine:
+    recipe = run.recipe
+    renderer = Renderer(run.tokenizer, template(recipe.template), recipe.window, labels.labels)
+    scorer = TorchScorer(run.model, renderer.trie.tokens)
+    return Engine(scorer, renderer, 1.0, recipe.pack_tokens)
+
+
+def _scored(dialogue: Dialogue, rows: _Rows, count: int, labels: LabelSet) -> Mapping[str, Any]:
+    key = "utterances" if "utterances" in dialogue.record else "messages"
+    turns = []
+    for t, turn in enumerate(dialogue.record[key]):
+        scores = {
+            name: round(float(value) / count, 5)
+            for name, value in zip(labels.labels, rows.get(t, ()), strict=False)
+        }
+        turns.append({**turn, "scores": scores} if scores else turn)
+    return {**dialogue.record, key: turns}
