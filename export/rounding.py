@@ -11,6 +11,9 @@ Correlation = npt.NDArray[np.float64]
 _DAMPING = 0.01
 """Added to the correlation's diagonal, as a share of its mean: samples are few."""
 
+_BLOCK = 64
+"""Columns whose errors reach the columns after them in one product."""
+
 
 def quantize_rows(table: Array, limit: int) -> tuple[npt.NDArray[np.int8], Array]:
     """(int8 [rows, n] within +-limit, float32 scales [rows, 1]) of a table [rows, n]."""
@@ -35,10 +38,15 @@ def quantize_rows_for(
     damped[np.diag_indices_from(damped)] += _DAMPING * np.diag(damped).mean() + 1e-12
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     rounded = np.empty_like(rest)
-    for i in range(rest.shape[1]):
-        rounded[:, i] = np.round(rest[:, i] / scales[:, 0]).clip(-limit, limit)
-        error = (rest[:, i] - rounded[:, i] * scales[:, 0]) / upper[i, i]
-        rest[:, i:] -= error[:, None] * upper[i, i:]
+    for start in range(0, rest.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        errors = np.zeros_like(rest[:, block])
+        for i in range(start, start + errors.shape[1]):
+            rounded[:, i] = np.round(rest[:, i] / scales[:, 0]).clip(-limit, limit)
+            error = (rest[:, i] - rounded[:, i] * scales[:, 0]) / upper[i, i]
+            rest[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
+            errors[:, i - start] = error
+        rest[:, block.stop :] -= errors @ upper[block, block.stop :]
     values = np.empty(table.shape, dtype=np.int8)
     values[:, order] = rounded
     return values, scales

@@ -128,6 +128,7 @@ def _fit(recipe: Any, output: Path, bf16: bool) -> None:
 
     from ercbatch import bundle as files
     from ercbatch.encoder import SentenceEncoder
+    from ercbatch.onnx_scorer import available_threads
     from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
     from train.adapter import add_lora
     from train.dropout import dropout_settings
@@ -150,7 +151,9 @@ def _fit(recipe: Any, output: Path, bf16: bool) -> None:
     banks = {}
     if recipe.demonstrations:
         folder = Path(recipe.encoder)
-        encoder = SentenceEncoder(folder / files.ENCODER, folder / files.ENCODER_TOKENIZER)
+        encoder = SentenceEncoder(
+            folder / files.ENCODER, folder / files.ENCODER_TOKENIZER, threads=available_threads()
+        )
         banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(datasets)}
     sampler = Sampler(recipe, datasets, tokenizer, banks)
     validation = Validation(packed, tokenizer, recipe, held_out)

@@ -4,7 +4,8 @@ A run's own training dialogues are no evidence: it has learnt their labels by he
 wrong. So about dialogues that a run was fitted on it is not asked. Runs that each left out
 another fold together speak of the whole dataset (cross-fitting), and of any other one all of them
 do, which is how unlabelled dialogues, or those of another label set, come into training
-(knowledge distillation, arXiv 1503.02531).
+(knowledge distillation, arXiv 1503.02531). What a run's base was fitted on before is not known
+here: a base that has seen the folds makes what the runs say of them too sure.
 """
 
 from __future__ import annotations
