@@ -21,11 +21,10 @@ def rebuild_with_examples(
     demonstrations: int,
     *,
     force: bool,
-) -> tuple[int, bool]:
+) -> tuple[int, str | None]:
     """Write bundle `name` to `output` with these examples as its bank.
 
-    Returns how many there are, and whether the bundle's model was trained with as many as a
-    question now shows.
+    Returns how many there are, and what speaks against the new bundle, if anything.
 
     Raises:
         InputError: a bad example, or a label outside the label set.
@@ -55,4 +54,20 @@ def rebuild_with_examples(
         return info
 
     write_bundle(output, fill, force=force)
-    return len(found), demonstrations <= bundle.info.demonstrations_trained
+    return len(found), _doubt(bundle.info, labels.name)
+
+
+def _doubt(info: BundleInfo, label_set: str) -> str | None:
+    """What the bundle's own figures say against demonstrations, which not every model can use."""
+    for name, figures in info.quality.items():
+        if name.startswith(f"{label_set},"):
+            plain, shown = (
+                figures.get(key) for key in ("weighted_f1", "weighted_f1_with_demonstrations")
+            )
+            if plain is not None and shown is not None and shown < plain:
+                return (
+                    f"demonstrations made the labels of bundle {info.name} worse on its {name} "
+                    f"(weighted F1 {shown:.1%}, {plain:.1%} without)"
+                )
+            return None
+    return f"what demonstrations do to the labels of bundle {info.name} has not been measured"

@@ -62,8 +62,6 @@ class BundleInfo:
     pack_tokens: int
     demonstrations: int
     """Demonstrations a question shows by default."""
-    demonstrations_trained: int
-    """Most demonstrations a question showed in training; a model of 0 is led astray by any."""
     temperatures: Mapping[str, float]
     """Label set name -> temperature fitted on validation data."""
     quantization: str
@@ -270,11 +268,7 @@ def describe(folder: Path, info: BundleInfo) -> str:
             f"{window.turns} earlier turns, stride {window.stride}, {window.max_tokens} tokens; "
             f"{info.later_turns} later turns with --context both",
         ),
-        (
-            "demonstrations",
-            f"{info.demonstrations} a question by default, "
-            f"trained with up to {info.demonstrations_trained}",
-        ),
+        ("demonstrations", f"{info.demonstrations} a question"),
         *(("data", source) for source in info.data),
         ("licence", info.licence),
         *(("measured", f"{name}: {value}") for name, value in info.quality.items()),

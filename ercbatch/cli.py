@@ -293,11 +293,10 @@ def bank_build(
     with _errors():
         from ercbatch.bank_bundle import rebuild_with_examples
 
-        count, fit = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
+        count, doubt = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
     click.echo(f"{output}: {count:,} demonstrations", err=True)
-    if not fit:
+    if doubt is not None:
         click.echo(
-            f"warning: the model of bundle {name} was not trained with {demos} demonstrations: "
-            "compare the two with `ercbatch evaluate` before you use the new one",
+            f"warning: {doubt}: compare it with the old one by `ercbatch evaluate` first",
             err=True,
         )

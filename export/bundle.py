@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,28 @@ import onnx
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
-from ercbatch.bank import DemonstrationBank, read_examples
+from ercbatch.bank import build_bank, read_examples
 from ercbatch.bundle import BundleInfo, write_bundle
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet, label_set
 from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
-from ercbatch.pipeline import Engine
+from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
-from ercbatch.scoring import Scorer, calibrated
+from ercbatch.scoring import calibrated
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task, join
 from export.model import export_scorer
 from export.quantize import quantize_graph
 from train.recipe import Source
 from train.run import load_run
-from train.samples import Dataset, read_dataset
+from train.samples import read_dataset
 from train.validate import Predictions, predict
 
 _SAMPLED = 64
 """Training dialogues that quantization samples activations from."""
+_SHOWN = 3
+"""Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
 _QUANTIZATION = {
     "int8": "int8 weights within ±63, int8 activations per token; int8 embedding rows",
     "fp32": "none (float32)",
@@ -78,16 +80,23 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
             shutil.copyfile(options.encoder / name, part / name)
         encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
         examples = read_examples(options.examples, sets[0])
-        DemonstrationBank(examples, encoder.encode([e.text for e in examples])).save(part)
+        retriever = Retriever(encoder, build_bank(examples, encoder))
+        retriever.bank.save(part)
         scorer = OnnxScorer(part / files.MODEL, head, available_threads())
         original = TorchScorer(model, tokens)
         temperatures: dict[str, float] = {}
         quality: dict[str, Any] = {}
         for dataset in held_out:
             name = dataset.labels.name
-            found = _measure(scorer, renderers[name], dataset, recipe.pack_tokens)
-            reference = _measure(original, renderers[name], dataset, recipe.pack_tokens)
+            engine = Engine(scorer, renderers[name], 1.0, recipe.pack_tokens)
+            found = predict(engine, dataset)
+            reference = predict(replace(engine, scorer=original), dataset)
             temperatures[name], figures = _figures(found, reference)
+            shown = replace(
+                engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN
+            )
+            with_them = predict(shown, dataset).figures()["weighted_f1"]
+            figures["weighted_f1_with_demonstrations"] = round(with_them, 4)
             quality[f"{name}, validation split"] = figures
             lines.append(f"{name}: {figures}")
         info = BundleInfo(
@@ -101,7 +110,6 @@ def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: boo
             later_turns=recipe.later_window if recipe.later_turns else 0,
             pack_tokens=recipe.pack_tokens,
             demonstrations=options.demonstrations,
-            demonstrations_trained=recipe.demonstrations_most if recipe.demonstrations else 0,
             temperatures=temperatures,
             quantization=_QUANTIZATION[options.quantize],
             base=options.base_name or recipe.base,
@@ -126,10 +134,6 @@ def _samples(renderer: Renderer, source: Source) -> list[Mapping[str, Any]]:
             dialogue, [Question(Task.EMOTION, t) for t in range(len(dialogue.utterances))]
         )
     ]
-
-
-def _measure(scorer: Scorer, renderer: Renderer, dataset: Dataset, pack_tokens: int) -> Predictions:
-    return predict(Engine(scorer, renderer, 1.0, pack_tokens), dataset)
 
 
 def _figures(found: Predictions, reference: Predictions) -> tuple[float, dict[str, float]]:

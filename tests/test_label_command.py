@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,8 +222,14 @@ def test_demonstrations_and_later_turns_change_what_is_seen(bundle_folder: Path)
     assert len({first(), first(demonstrations=2), first(context="both")}) == 3
 
 
-def test_later_turns_are_refused_by_a_bundle_that_never_saw_any() -> None:
-    done = cli("label", EXAMPLES / "group_chat.jsonl", "--context", "both")
+def test_later_turns_are_refused_by_a_bundle_that_never_saw_any(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "past"
+    shutil.copytree(bundle_folder, folder)
+    value = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps({**value, "later_turns": 0}))
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", folder, "--context", "both")
     assert done.returncode == 2
     assert "not trained with later turns" in done.stderr
 
