@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,14 +61,17 @@ def rebuild_with_examples(
 def _doubt(info: BundleInfo, label_set: str) -> str | None:
     """What the bundle's own figures say against demonstrations, which not every model can use."""
     for name, figures in info.quality.items():
-        if name.startswith(f"{label_set},"):
-            plain, shown = (
-                figures.get(key) for key in ("weighted_f1", "weighted_f1_with_demonstrations")
-            )
-            if plain is not None and shown is not None and shown < plain:
-                return (
-                    f"demonstrations made the labels of bundle {info.name} worse on its {name} "
-                    f"(weighted F1 {shown:.1%}, {plain:.1%} without)"
-                )
+        if not name.startswith(f"{label_set},") or not isinstance(figures, Mapping):
+            continue
+        plain, shown = (
+            figures.get(key) for key in ("weighted_f1", "weighted_f1_with_demonstrations")
+        )
+        if not isinstance(plain, float) or not isinstance(shown, float):
+            continue
+        if shown >= plain:
             return None
+        return (
+            f"demonstrations made the labels of bundle {info.name} worse on its {name} "
+            f"(weighted F1 {shown:.1%}, {plain:.1%} without)"
+        )
     return f"what demonstrations do to the labels of bundle {info.name} has not been measured"

@@ -70,10 +70,9 @@ def fit(
 ) -> None:
     """Fit the model of a RECIPE (TOML) and keep the best epoch in a run folder."""
     from train.recipe import read_recipe
+    from train.run import DESCRIPTION
 
     try:
-        from train.run import DESCRIPTION
-
         if (output / DESCRIPTION).exists() and not force:
             raise UsageError(f"{output} holds a run: choose another folder, or give --force")
         wanted = read_recipe(recipe, base=base_, epochs=epochs, seed=seed)
