@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from ercbatch.dialogues import Dialogue
 from ercbatch.labeler import Labeler
+from ercbatch.packs import join
 from ercbatch.records import read_dialogues
-from ercbatch.tree import Question, Read, Segment, Task, join, lay_out
+from ercbatch.tree import Question, Read, Segment, Task, lay_out
 
 Answers = dict[tuple[int, int], npt.NDArray[np.float64]]
 

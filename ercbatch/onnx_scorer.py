@@ -11,8 +11,8 @@ import onnxruntime
 
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
+from ercbatch.packs import Pack
 from ercbatch.scoring import Scorer
-from ercbatch.tree import Pack
 
 
 def available_threads() -> int:

@@ -21,8 +21,9 @@ from ercbatch.bank import DemonstrationBank
 from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.labels import LabelSet
+from ercbatch.packs import Pack, Packer
 from ercbatch.scoring import Scorer, calibrated
-from ercbatch.tree import Pack, Packer, Question, Renderer, Task
+from ercbatch.tree import Question, Renderer, Task
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.answers import AnswerHead, AnswerTrie, FloatArray
-from ercbatch.tree import Pack
+from ercbatch.packs import Pack
 
 
 class Scorer(ABC):

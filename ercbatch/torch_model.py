@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ercbatch.answers import AnswerHead
 from ercbatch.errors import UsageError
+from ercbatch.packs import Pack
 from ercbatch.tokens import SegmentTokenizer, control_tokens
-from ercbatch.tree import Pack
 
 
 def check_config(source: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ercbatch.answers import FloatArray
+from ercbatch.packs import Pack
 from ercbatch.scoring import Scorer
 from ercbatch.torch_model import PackedModel, collate
-from ercbatch.tree import Pack
 
 
 class TorchScorer(Scorer):

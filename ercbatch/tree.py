@@ -14,7 +14,7 @@ ordinary prompt; the tests hold the two against each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -141,115 +141,6 @@ def visible(ends: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     """The mask [..., n, n] of `ends` [..., n]: entry (q, k) says whether token q sees token k."""
     index = np.arange(ends.shape[-1])
     return (index[None, :] <= index[:, None]) & (index[:, None] < ends[..., None, :])
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """Trees one after another in one sequence, invisible to each other.
-
-    `reads` are (index, owner, Read): the position in the pack, and which of the packed items
-    (dialogues, usually) the answer belongs to.
-    """
-
-    tokens: IntArray
-    positions: IntArray
-    ends: IntArray
-    reads: tuple[tuple[int, int, Read], ...]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-ALIGNMENT = 32
-"""Trees start at multiples of this many tokens in a pack.
-
-Vector units add up a row in lanes. Were a tree to start in another lane when its neighbours
-change, the sums of its softmax would be rounded otherwise, and int8 turns the last bit of an
-activation that lies between two steps into a whole step.
-"""
-
-
-def aligned(length: int) -> int:
-    """The room that a tree of this length takes in a pack."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
-
-
-def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
-    """One pack of (owner, tree) pairs. Padding between trees is seen by nothing but itself."""
-    length = sum(aligned(len(tree)) for _, tree in trees)
-    tokens = np.zeros(length, dtype=np.int32)
-    positions = np.zeros(length, dtype=np.int32)
-    ends = np.arange(1, length + 1, dtype=np.int32)
-    reads: list[tuple[int, int, Read]] = []
-    offset = 0
-    for owner, tree in trees:
-        place = slice(offset, offset + len(tree))
-        tokens[place], positions[place] = tree.tokens, tree.positions
-        ends[place] = tree.ends + np.int32(offset)
-        reads += [(offset + index, owner, read) for index, read in tree.reads]
-        offset += aligned(len(tree))
-    return Pack(tokens, positions, ends, tuple(reads))
-
-
-def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
-    """One pack of (owner, tree) pairs that begin with the same `shared` tokens, laid out once.
-
-    The rest of each tree hangs on the last of them: a tree of trees, in which every answer sees
-    what it saw in its own. Fewer tokens than `join`, but no alignment: for training.
-    """
-    first = trees[0][1]
-    rests = [(owner, tree, len(tree) - shared) for owner, tree in trees]
-    length = shared + sum(size for *_, size in rests)
-    tokens = np.empty(length, dtype=np.int32)
-    positions = np.empty_like(tokens)
-    ends = np.full_like(tokens, length)
-    tokens[:shared], positions[:shared] = first.tokens[:shared], first.positions[:shared]
-    reads: list[tuple[int, int, Read]] = []
-    offset = shared
-    for owner, tree, size in rests:
-        place = slice(offset, offset + size)
-        tokens[place], positions[place] = tree.tokens[shared:], tree.positions[shared:]
-        ends[place] = tree.ends[shared:] + np.int32(offset - shared)
-        reads += [(offset - shared + index, owner, read) for index, read in tree.reads]
-        offset += size
-    return Pack(tokens, positions, ends, tuple(reads))
-
-
-class Packer:
-    """Fills packs of at most `length` tokens in input order; a longer tree is a pack of its own.
-
-    Which trees share a pack depends on nothing but the trees' order and sizes.
-    """
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._waiting: list[tuple[int, Tree]] = []
-        self._used = 0
-
-    def add(self, owner: int, tree: Tree) -> Pack | None:
-        """Take a tree; the pack that it no longer fitted into, if it filled one."""
-        full = self.rest() if self._used + aligned(len(tree)) > self._length else None
-        self._waiting.append((owner, tree))
-        self._used += aligned(len(tree))
-        return full
-
-    def rest(self) -> Pack | None:
-        """The pack begun, as it is."""
-        packed = join(self._waiting) if self._waiting else None
-        self._waiting, self._used = [], 0
-        return packed
-
-
-def pack(trees: Iterable[tuple[int, Tree]], length: int) -> Iterator[Pack]:
-    """All packs of (owner, tree) pairs: see `Packer`."""
-    packer = Packer(length)
-    for owner, tree in trees:
-        full = packer.add(owner, tree)
-        if full is not None:
-            yield full
-    last = packer.rest()
-    if last is not None:
-        yield last
 
 
 class Renderer:

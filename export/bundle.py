@@ -20,11 +20,12 @@ from ercbatch.encoder import SentenceEncoder
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet, label_set
 from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
+from ercbatch.packs import join
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
 from ercbatch.scoring import calibrated
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Renderer, Task, join
+from ercbatch.tree import Question, Renderer, Task
 from export.model import export_scorer
 from export.quantize import quantize_graph
 from train.recipe import Source

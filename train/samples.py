@@ -16,11 +16,12 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import InputError
 from ercbatch.labels import LabelSet, label_set
+from ercbatch.packs import Pack, graft
 from ercbatch.prompts import template
 from ercbatch.records import read_dialogues
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import Batch, collate
-from ercbatch.tree import Pack, Question, Renderer, Task, Tree, graft
+from ercbatch.tree import Question, Renderer, Task, Tree
 from train.recipe import Recipe, Source
 
 _LENGTHS = 32
