@@ -34,13 +34,20 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 def base(source: Path, output: Path) -> None:
-    """Turn a BERT sentence encoder into a causal decoder: the base of `mini`."""
+    """Make a base of a BERT sentence encoder (a folder) or of a GGUF file.
+
+    The encoder becomes a causal decoder, which is the base of `mini`; what a GGUF file holds is
+    dequantized.
+    """
     from train.base import write_base
 
-    write_base(source, output)
+    try:
+        write_base(source, output)
+    except ErcbatchError as error:
+        raise Failure(error) from error
     click.echo(f"{output}: a causal decoder with the weights of {source.name}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""The base of the bundle `mini`: a BERT sentence encoder turned into a causal decoder."""
+"""Bases: a BERT sentence encoder turned into a causal decoder, and GGUF files as checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+
+from ercbatch.errors import InputError
 
 
 def causal_decoder(source: Path) -> BertLMHeadModel:
@@ -32,8 +34,28 @@ def causal_decoder(source: Path) -> BertLMHeadModel:
 
 
 def write_base(source: Path, folder: Path) -> None:
-    """Write the causal decoder of a sentence encoder as a Hugging Face checkpoint folder."""
+    """Write a checkpoint folder: of a sentence encoder's causal decoder, or of a GGUF file.
+
+    Raises:
+        InputError: a file that transformers cannot read as GGUF.
+    """
+    if source.is_file():
+        _dequantize(source, folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     causal_decoder(source).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(source / name, folder / name)
+
+
+def _dequantize(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF file (llama.cpp's format), its weights as float32."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: cannot be read as GGUF: {error}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -28,6 +28,9 @@ from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer
 from train.run import TrainedRun, digest, load_run
 
+_PACK_TOKENS = 1024
+"""Long packs: in bfloat16 all weights are converted once a pack."""
+
 _Rows = dict[int, npt.NDArray[np.float64]]
 
 
@@ -84,7 +87,7 @@ def _engine(run: TrainedRun, labels: LabelSet) -> Engine:
     recipe = run.recipe
     renderer = Renderer(run.tokenizer, template(recipe.template), recipe.window, labels.labels)
     scorer = TorchScorer(run.model, renderer.trie.tokens)
-    return Engine(scorer, renderer, 1.0, recipe.pack_tokens)
+    return Engine(scorer, renderer, 1.0, _PACK_TOKENS)
 
 
 def _scored(dialogue: Dialogue, rows: _Rows, count: int, labels: LabelSet) -> Mapping[str, Any]:
