@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, python
+from conftest import EXAMPLES, ROOT, python, write_gguf, write_model
 
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
@@ -247,59 +247,20 @@ def test_token_dropout_thins_what_is_said_and_nothing_else(bert: Path) -> None:
 
 def test_a_gguf_file_becomes_a_base(tmp_path: Path) -> None:
     """Rotary positions need llama.cpp's own order of rows, so logits are compared, not weights."""
-    from gguf import GGUFWriter
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    words = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "cd"]
-    torch.manual_seed(0)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(len(words), 32, 64, tie_word_embeddings=True, **shape)
-    model = LlamaForCausalLM(config).eval()
-    path = tmp_path / "tiny.gguf"
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for name, value in model.state_dict().items():
-        if name.startswith("model.layers."):
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
-            if heads:
-                value = value.view(heads, 2, -1, 32).transpose(1, 2).reshape(-1, 32)
-            writer.add_tensor(f"blk.{layer}.{names[part]}.weight", value.numpy())
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
+    source = write_model(tmp_path / "llama", "llama")
+    path = write_gguf(tmp_path / "tiny.gguf", source)
     done = python("-m", "train", "base", path, "-o", tmp_path / "base")
     assert done.returncode == 0, done.stderr
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model, base = (
+        AutoModelForCausalLM.from_pretrained(f).eval() for f in (source, tmp_path / "base")
+    )
     tokens = torch.tensor([[1, 11, 12, 5, 9]])
     assert torch.allclose(base(tokens).logits, model(tokens).logits, atol=1e-5)
-    _, tokenizer = load_causal_lm(str(tmp_path / "base"))
-    assert tokenizer.content("abcd", 9)
+    one, other = (AutoTokenizer.from_pretrained(f) for f in (source, tmp_path / "base"))
+    said = "oh, the train is late"
+    assert other.tokenize(said) == one.tokenize(said)
 
 
 def test_a_file_that_is_not_gguf_is_named(tmp_path: Path) -> None:
