@@ -137,18 +137,26 @@ class Bundle:
 
 
 def find_bundle(name: str) -> Path:
-    """The folder of a bundle: a folder as it is, or the name of a bundle in the package.
+    """The folder of a bundle: the name of a bundle in the package, or a folder as it is.
+
+    A folder that happens to be called like one in the package is `./NAME`: what `mini` means must
+    not depend on where it is said.
 
     Raises:
         BundleError: neither.
     """
-    if os.sep in name or Path(name, MANIFEST).exists():
-        return Path(name)
     packaged = Path(str(resources.files("ercbatch").joinpath("bundles")))
-    if (packaged / name / MANIFEST).exists():
-        return packaged / name
+    if os.sep not in name:
+        if (packaged / name / MANIFEST).exists():
+            return packaged / name
+        if not Path(name, MANIFEST).exists():
+            raise _no_bundle(name, packaged)
+    return Path(name)
+
+
+def _no_bundle(name: str, packaged: Path) -> BundleError:
     built_in = sorted(p.parent.name for p in packaged.glob(f"*/{MANIFEST}"))
-    raise BundleError(
+    return BundleError(
         f"no bundle {name!r}: give a bundle folder (one with {MANIFEST} in it), or a bundle in "
         f"the package: {', '.join(built_in) or 'there is none'}"
     )

@@ -10,7 +10,7 @@ import pytest
 from conftest import EXAMPLES, cli, python
 
 from ercbatch.bank import read_examples
-from ercbatch.bundle import open_bundle, read_info
+from ercbatch.bundle import find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
 
@@ -100,7 +100,7 @@ def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("shown", "words"), [(0.3, "worse"), (0.6, None)])
+@pytest.mark.parametrize(("shown", "words"), [(0.3, "worse"), (0.495, None), (0.6, None)])
 def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
     bundle_folder: Path, tmp_path: Path, shown: float, words: str | None
 ) -> None:
@@ -129,3 +129,16 @@ def test_an_export_of_no_run_says_what_to_run(encoder_folder: Path, tmp_path: Pa
     )
     assert done.returncode == 2
     assert "python -m train fit" in done.stderr
+
+
+def test_a_folder_called_like_a_packaged_bundle_does_not_stand_in_for_it(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bundle_folder, tmp_path / "mini")
+    shutil.copytree(bundle_folder, tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    assert read_info(find_bundle("mini")).name == "mini"
+    assert read_info(find_bundle("./mini")).name == "tiny"
+    assert read_info(find_bundle("own")).name == "tiny"
+    with pytest.raises(BundleError, match="no bundle 'other'"):
+        find_bundle("other")
