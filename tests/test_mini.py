@@ -90,4 +90,4 @@ def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr
     said = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", f"{work}/mini/", "--quiet")
     assert said.returncode == 0, said.stderr
-    assert all("label" in u for u in json.loads(said.stdout.splitlines()[0])["utterances"])
+    assert all("emotion" in u for u in json.loads(said.stdout.splitlines()[0])["utterances"])
