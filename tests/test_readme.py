@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, ROOT, write_tokenizer
+from conftest import EXAMPLES, ROOT, cli, write_tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Installing is what the checks' own setup does, and the tests are what is running now.
@@ -68,3 +69,15 @@ def test_every_command_is_documented() -> None:
 
     for name in main.commands:
         assert f"ercbatch {name}" in README
+
+
+def test_the_picture_of_the_readme_is_what_is_printed() -> None:
+    shown = re.findall(r"^ +(\w+) +(\d+)%  (\w+): (.*)$", README, re.MULTILINE)
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--quiet")
+    said = json.loads(done.stdout.splitlines()[0])["utterances"]
+    assert [(e, who, text) for e, _, who, text in shown] == [
+        (u["emotion"], u["speaker"], u["text"]) for u in said
+    ]
+    # Processors round differently.
+    for (_, percent, _, _), utterance in zip(shown, said, strict=True):
+        assert abs(int(percent) / 100 - utterance["confidence"]) < 0.02
