@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, ROOT, cli, write_tokenizer
+from conftest import EXAMPLES, ROOT, cli, write_sentence_encoder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Installing is what the checks' own setup does, and the tests are what is running now.
@@ -23,22 +23,8 @@ COMMANDS = [
 
 
 def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
-    import torch
-    from transformers import BertConfig, BertModel
-
     shutil.copytree(EXAMPLES, tmp_path / "examples")
-    # The README's sentence encoder, in small.
-    torch.manual_seed(2)
-    write_tokenizer(tmp_path / "all-MiniLM-L6-v2", "bert")
-    BertModel(
-        BertConfig(
-            vocab_size=600,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-        )
-    ).save_pretrained(tmp_path / "all-MiniLM-L6-v2")
+    write_sentence_encoder(tmp_path / "all-MiniLM-L6-v2")
     for command in COMMANDS:
         command, _, comment = command.partition("  # exit ")
         words = command.replace("ercbatch ", f"{sys.executable} -m ercbatch ", 1)
