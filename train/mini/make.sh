@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the bundle `mini` from nothing but the datasets and all-MiniLM-L6-v2.
+# Makes the bundle `mini` from the datasets, all-MiniLM-L6-v2, and a larger model to learn from.
 #
 #   bash train/mini/make.sh DATA MINILM SMOLLM2 WORK
 #
