@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from ercbatch.errors import UsageError
@@ -100,6 +101,56 @@ def label_set(name: str) -> LabelSet:
     if name not in sets:
         raise UsageError(f"no label set {name!r}: choose from {', '.join(sets)}")
     return LabelSet.from_json({"name": name, **sets[name]})
+
+
+def find_label_set(name: str) -> LabelSet:
+    """A built-in label set by its name, or the one in a JSON file (what `to_json` gives).
+
+    Raises:
+        UsageError: neither, or a file that does not hold a label set.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        return label_set(name)
+    return LabelSet.from_json(_read_json(path, "label set"))
+
+
+def mapping_to(to: LabelSet, written: LabelSet, path: str = "") -> Mapping[str, str | None]:
+    """Each label of `written` -> the label of `to` that it counts as, None for none.
+
+    The mapping is that of a JSON file (label set name -> its label -> label or null), or the
+    built-in one to the unified set.
+
+    Raises:
+        UsageError: a label of `written` is not mapped, or to a label that `to` doesn't have.
+    """
+    where = path or "the built-in mapping to the unified label set"
+    tables = _read_json(Path(path), "mapping") if path else unified_mapping()
+    table = tables.get(written.name)
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{where}: has nothing for the label set {written.name!r}: add it")
+    found: dict[str, str | None] = {}
+    for label in written.labels:
+        if label not in table:
+            raise UsageError(f"{where}: {written.name!r} lacks the label {label!r}: add it")
+        target = table[label]
+        found[label] = None if target is None else to.canonical(str(target))
+        if target is not None and found[label] is None:
+            raise UsageError(
+                f"{where}: {label!r} of {written.name!r} is mapped to {target!r}, which is not in "
+                f"the label set {to.name!r}: {', '.join(to.labels)}"
+            )
+    return found
+
+
+def _read_json(path: Path, what: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a {what}: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: a {what} is a JSON object")
+    return value
 
 
 def unified_mapping() -> Mapping[str, Mapping[str, str]]:

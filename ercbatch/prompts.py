@@ -138,11 +138,14 @@ class PaperTemplate(Template):
         *,
         later: bool,
     ) -> list[Piece]:
-        pieces: list[Piece] = [
-            Text(f' ### Please select the emotional label of < Speaker_{speaker}:"'),
-            Content(text),
-            Text(f'"> from <{", ".join(labels)}>:'),
-        ]
+        ask = Text(f' ### Please select the emotional label of < Speaker_{speaker}:"')
+        return [ask, *self._statement(text, labels, demonstrations)]
+
+    def _statement(
+        self, text: str, labels: Sequence[str], demonstrations: Sequence[tuple[str, str]]
+    ) -> list[Piece]:
+        """The rest of a label statement, from what was said on."""
+        pieces: list[Piece] = [Content(text), Text(f'"> from <{", ".join(labels)}>:')]
         for said, label in demonstrations:
             pieces += [Text(' < "'), Content(said), Text(f'">: {label}\n')]
         return [*pieces, Control.ANSWER]
@@ -172,6 +175,30 @@ class PaperTemplate(Template):
 
     def speaker_label(self, speaker: int) -> str:
         return f"Speaker_{speaker}"
+
+
+class PlainTemplate(PaperTemplate):
+    """The paper's baseline: the label statement alone, no instruction and no history."""
+
+    name = "plain"
+    version = 1
+
+    def head(self, labels: Sequence[str]) -> list[Piece]:
+        return [Control.START, Text("Please select the emotional label of < ")]
+
+    def turn(self, speaker: int, text: str) -> list[Piece]:
+        return []
+
+    def emotion(
+        self,
+        speaker: int,
+        text: str,
+        labels: Sequence[str],
+        demonstrations: Sequence[tuple[str, str]],
+        *,
+        later: bool,
+    ) -> list[Piece]:
+        return [Text(f'Speaker_{speaker}:"'), *self._statement(text, labels, demonstrations)]
 
 
 class CompactTemplate(Template):
@@ -222,7 +249,9 @@ class CompactTemplate(Template):
         return str(speaker)
 
 
-_TEMPLATES: dict[str, Template] = {t.name: t for t in (PaperTemplate(), CompactTemplate())}
+_TEMPLATES: dict[str, Template] = {
+    t.name: t for t in (PaperTemplate(), PlainTemplate(), CompactTemplate())
+}
 
 
 def template(name: str, version: int | None = None) -> Template:

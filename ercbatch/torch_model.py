@@ -6,8 +6,10 @@ Training, evaluation in training, export and the torch scorer all run a model th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +50,11 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         UsageError: not a causal language model, or a config that asks to run code.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     check_config(source)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False, **settings
@@ -124,10 +129,17 @@ class PackedModel(nn.Module):
             raise ValueError("the model has no output embedding: it is not a causal language model")
         model.set_output_embeddings(self.tap)
         config = model.config
-        # BERT's decoder takes a [batch, query, key] mask of zeros and ones, the others a
-        # [batch, 1, query, key] one in the form of their attention implementation.
         self._bert = config.model_type == "bert"
+        # Before transformers 5 BERT's decoder takes a [batch, query, key] mask of zeros and ones;
+        # all else takes a [batch, 1, query, key] one in the form of its attention implementation.
+        self._flat_mask = self._bert and int(version("transformers").split(".")[0]) < 5
         self._additive = config._attn_implementation == "eager"
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """How many tokens the model can read, where it has a limit."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
@@ -144,8 +156,8 @@ class PackedModel(nn.Module):
         sees = (index[None, None, :] <= index[None, :, None]) & (
             index[None, :, None] < ends[:, None, :]
         )
-        mask = sees.to(torch.float32) if self._bert else sees[:, None]
-        if not self._bert and self._additive:
+        mask = sees.to(torch.float32) if self._flat_mask else sees[:, None]
+        if self._additive and not self._flat_mask:
             dtype = self.model.get_input_embeddings().weight.dtype
             mask = (~mask).to(dtype) * torch.finfo(dtype).min
         # BERT's own table of token types is as long as its positions; a pack may be longer.

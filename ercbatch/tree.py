@@ -158,7 +158,8 @@ class Renderer:
         self.window = window
         self.labels = tuple(labels)
         self.trie = self._trie([template.answer(label) for label in labels])
-        self.head = self._ids(template.head(self.labels))
+        self.head = tuple(self._ids(template.head(self.labels)))
+        self.speaker_head = tuple(self._ids(template.speaker_head()))
         self._speaker_tries: dict[int, AnswerTrie] = {}
 
     def _trie(self, answers: Sequence[str]) -> AnswerTrie:
@@ -206,9 +207,9 @@ class Renderer:
         )
         trees = [scene.block(start, block) for start, block in scene.blocks(asked)]
         about_speakers = [q for q in questions if q.task is Task.SPEAKER]
-        if about_speakers:
-            trees.append(scene.speaker_tree(about_speakers))
-        return trees
+        size = self.window.stride  # no tree should grow with the dialogue
+        groups = [about_speakers[at : at + size] for at in range(0, len(about_speakers), size)]
+        return trees + [scene.speaker_tree(group) for group in groups]
 
     def separate_prompt(
         self, dialogue: Dialogue, question: Question, choice: int = 0, start: int | None = None
@@ -221,7 +222,7 @@ class Renderer:
         path = self.answers(question, dialogue).choices[choice].path
         scene = _Scene(self, dialogue)
         if question.task is Task.SPEAKER:
-            return self._ids(self.template.speaker_head()) + scene.branch(question) + list(path)
+            return [*self.speaker_head, *scene.branch(question), *path]
         first = question.utterance - question.utterance % self.window.stride
         if start is None:
             start = max(0, first - self.window.turns)
@@ -354,7 +355,7 @@ class _Scene:
 
     def speaker_tree(self, questions: Sequence[Question]) -> Tree:
         """The tree of the speaker questions, whose trunk is the instruction alone."""
-        trunk = Segment(self._renderer._ids(self._renderer.template.speaker_head()))
+        trunk = Segment(list(self._renderer.speaker_head))
         for question in questions:
             segment = self._hang(question, self.branch(question))
             trunk.children.append((len(trunk.tokens) - 1, segment))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError
+from ercbatch.errors import ErcbatchError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,9 +30,19 @@ def encoder(source: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("source")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder."
+)
+@click.option(
+    "--zero-shot",
+    "data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="SOURCE is a base, not a run: bundle it untrained, measured on these labelled dialogues.",
+)
+@click.option("--labels", help="With --zero-shot: the label set.")
+@click.option(
+    "--template", default="paper", show_default=True, help="With --zero-shot: the prompts' wording."
 )
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option(
@@ -64,8 +74,11 @@ def encoder(source: Path, output: Path) -> None:
 @click.option("--base-name", help="What to call the base; default: the recipe's.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def bundle(
-    run: Path,
+    source: str,
     output: Path,
+    data: Path | None,
+    labels: str | None,
+    template: str,
     name: str,
     encoder_folder: Path,
     examples: Path,
@@ -76,13 +89,25 @@ def bundle(
     base_name: str | None,
     force: bool,
 ) -> None:
-    """Write the bundle of a RUN folder that `python -m train fit` wrote."""
-    from export.bundle import BundleOptions, export_bundle
+    """Write the bundle of SOURCE, a run folder that `python -m train fit` wrote.
+
+    With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
+    """
+    from export.bundle import EXPORTED, BundleOptions, export_bundle
+    from train.recipe import Source
+    from train.run import load_run, untrained_run
 
     options = BundleOptions(
         name, encoder_folder, examples, demos, quantize, licence, provenance, base_name
     )
     try:
+        if data is None:
+            run = load_run(Path(source), attention=EXPORTED)
+        elif labels is None:
+            raise UsageError("--zero-shot needs --labels: name the label set of the dialogues")
+        else:
+            given = Source(str(data), labels)
+            run = untrained_run(source, given, template, attention=EXPORTED)
         click.echo(export_bundle(run, output, options, force=force))
     except ErcbatchError as error:
         raise Failure(error) from error

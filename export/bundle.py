@@ -18,7 +18,7 @@ from ercbatch.bank import build_bank, read_examples
 from ercbatch.bundle import BundleInfo, write_bundle
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.evaluate import expected_calibration_error
-from ercbatch.labels import LabelSet, label_set
+from ercbatch.labels import LabelSet
 from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
 from ercbatch.packs import join
 from ercbatch.pipeline import Engine, Retriever
@@ -28,11 +28,13 @@ from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
 from export.model import export_scorer
 from export.quantize import quantize_graph
+from train.datasets import read_dataset
 from train.recipe import Source
-from train.run import load_run
-from train.samples import read_dataset
+from train.run import TrainedRun
 from train.validate import Predictions, predict
 
+EXPORTED = "eager"
+"""The form of attention that the exporter traces."""
 _SAMPLED = 64
 """Training dialogues that quantization samples activations from."""
 _SHOWN = 3
@@ -57,12 +59,12 @@ class BundleOptions:
     base_name: str | None = None
 
 
-def export_bundle(run: Path, folder: Path, options: BundleOptions, *, force: bool = False) -> str:
-    """Write the bundle of a run; a summary of what was measured."""
-    # The exporter traces attention in its plain form.
-    trained = load_run(run, attention="eager")
-    recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
-    sets = tuple(label_set(name) for name in dict.fromkeys(s.labels for s in recipe.train))
+def export_bundle(
+    run: TrainedRun, folder: Path, options: BundleOptions, *, force: bool = False
+) -> str:
+    """Write the bundle of a run loaded with `EXPORTED`; a summary of what was measured."""
+    recipe, model, tokenizer = run.recipe, run.model, run.tokenizer
+    sets = tuple({source.labels: source.label_set() for source in recipe.train}.values())
     wording = template(recipe.template)
     renderers = {s.name: Renderer(tokenizer, wording, recipe.window, s.labels) for s in sets}
     tokens = sorted({token for r in renderers.values() for token in r.trie.tokens})

@@ -98,7 +98,7 @@ def write_model(folder: Path, kind: str) -> Path:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 intermediate_size=64,
-                max_position_embeddings=512,
+                max_position_embeddings=1024,
                 is_decoder=True,
                 initializer_range=0.3,
             )
@@ -232,7 +232,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(bert: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of the real `python -m train fit`: LoRA, both tasks, demonstrations."""
+    """A run folder of the real `python -m train fit`: LoRA, all tasks, demonstrations."""
     folder = tmp_path_factory.mktemp("train")
     data = EXAMPLES / "labelled_chat.jsonl"
     recipe = folder / "recipe.toml"
@@ -242,6 +242,7 @@ base = {json.dumps(str(bert))}
 encoder = {json.dumps(str(encoder_folder))}
 template = "compact"
 epochs = 3
+speaker_epochs = 1
 learning_rate = 1e-2
 pack_tokens = 128
 packs_per_step = 2

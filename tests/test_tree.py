@@ -49,7 +49,7 @@ def questions(dialogue: Dialogue, shown: tuple[tuple[str, str], ...]) -> list[Qu
     return asked
 
 
-@pytest.mark.parametrize("wording", ["compact", "paper"])
+@pytest.mark.parametrize("wording", ["compact", "paper", "plain"])
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

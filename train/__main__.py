@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -63,8 +62,29 @@ def base(source: Path, output: Path) -> None:
     callback=_fold,
     help="Leave out every N-th training dialogue, from the K-th (from 0) on.",
 )
-@click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16.")
-@click.option("--force", is_flag=True, help="Replace an existing run folder's files.")
+@click.option("--lora", "method", flag_value="lora", help="Train LoRA adapters.")
+@click.option("--full", "method", flag_value="full", help="Train all parameters.")
+@click.option(
+    "--load", type=click.Choice(["full", "nf4", "int8"]), help="How to load a base under LoRA."
+)
+@click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the training data.",
+)
+@click.option(
+    "--bf16/--no-bf16", default=None, help="Compute in bfloat16; by default on a GPU that has it."
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--force", is_flag=True, help="Start again in a folder that holds a run.")
+@click.option(
+    "--save-every",
+    type=click.FloatRange(0),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to save what --resume goes on from.",
+)
 def fit(
     recipe: Path,
     output: Path,
@@ -72,22 +92,53 @@ def fit(
     epochs: int | None,
     seed: int | None,
     fold: tuple[int, int] | None,
-    bf16: bool,
+    method: str | None,
+    load: str | None,
+    fraction: float | None,
+    bf16: bool | None,
+    resume: bool,
     force: bool,
+    save_every: float,
 ) -> None:
     """Fit the model of a RECIPE (TOML) and keep the best epoch in a run folder."""
     from train.recipe import read_recipe
     from train.run import DESCRIPTION
+    from train.state import STATE
 
     try:
-        if (output / DESCRIPTION).exists() and not force:
-            raise UsageError(f"{output} holds a run: choose another folder, or give --force")
-        wanted = read_recipe(recipe, base=base_, epochs=epochs, seed=seed)
+        if resume and (output / DESCRIPTION).exists():
+            _say(f"{output} is finished: nothing to resume")
+            return
+        if not force and not resume:
+            if (output / DESCRIPTION).exists():
+                raise UsageError(f"{output} holds a run: choose another folder, or give --force")
+            if (output / STATE).exists():
+                raise UsageError(
+                    f"{output} holds an interrupted run: go on with --resume, or start again with "
+                    "--force"
+                )
+        wanted = read_recipe(
+            recipe,
+            base=base_,
+            epochs=epochs,
+            seed=seed,
+            method=method,
+            load=load,
+            fraction=fraction,
+        )
         if fold is not None:
             wanted = replace(
                 wanted, train=tuple(replace(source, leave_out=fold) for source in wanted.train)
             )
-        _fit(wanted, output, bf16)
+        from train.fit import FitOptions, fit_recipe
+        from train.loop import Interrupted
+
+        try:
+            fit_recipe(wanted, output, FitOptions(bf16, resume, save_every), _say)
+        except Interrupted as error:
+            arguments = [a for a in sys.argv[1:] if a not in ("--force", "--resume")]
+            command = shlex.join(["python", "-m", "train", *arguments, "--resume"])
+            raise Interrupted(f"{error}; to go on: {command}") from error
     except ErcbatchError as error:
         raise Failure(error) from error
 
@@ -114,11 +165,11 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
 @click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16.")
 def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: bool) -> None:
     """Write what RUNS say of dialogues that they were not fitted on, as `scores`."""
-    from ercbatch.labels import label_set
+    from ercbatch.labels import find_label_set
     from train.teach import teach as write_scores
 
     try:
-        count = write_scores(runs, data, label_set(labels), output, _say, bfloat16=bf16)
+        count = write_scores(runs, data, find_label_set(labels), output, _say, bfloat16=bf16)
     except ErcbatchError as error:
         raise Failure(error) from error
     _say(f"{output}: {count:,} dialogues")
@@ -126,67 +177,6 @@ def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: b
 
 def _say(text: str) -> None:
     print(f"train: {text}", file=sys.stderr, flush=True)
-
-
-def _fit(recipe: Any, output: Path, bf16: bool) -> None:
-    import torch
-    from transformers import AutoTokenizer
-
-    from ercbatch import bundle as files
-    from ercbatch.encoder import SentenceEncoder
-    from ercbatch.onnx_scorer import available_threads
-    from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
-    from train.adapter import add_lora
-    from train.dropout import dropout_settings
-    from train.fit import EpochFigures, fit
-    from train.run import ADAPTER, MODEL, describe
-    from train.samples import Sampler, read_dataset, training_bank, without_overlap
-    from train.validate import Validation
-
-    datasets = [read_dataset(source) for source in recipe.train]
-    held_out = [read_dataset(source) for source in recipe.valid]
-    if recipe.exclude_overlap:
-        datasets = [without_overlap(d, held_out, recipe.exclude_overlap) for d in datasets]
-    check_config(recipe.base)
-    settings: dict[str, Any] = {"attn_implementation": "sdpa", **dropout_settings(recipe)}
-    model, tokenizer = load_causal_lm(recipe.base, **settings)
-    original = AutoTokenizer.from_pretrained(recipe.base, trust_remote_code=False)
-    packed = PackedModel(model)
-    torch.manual_seed(recipe.seed)  # before the adapters: their weights are drawn too
-    network: Any = add_lora(packed, recipe) if recipe.method == "lora" else None
-    banks = {}
-    if recipe.demonstrations:
-        folder = Path(recipe.encoder)
-        encoder = SentenceEncoder(
-            folder / files.ENCODER, folder / files.ENCODER_TOKENIZER, threads=available_threads()
-        )
-        banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(datasets)}
-    sampler = Sampler(recipe, datasets, tokenizer, banks)
-    validation = Validation(packed, tokenizer, recipe, held_out)
-    output.mkdir(parents=True, exist_ok=True)
-    kept = 0
-
-    def keep(figures: EpochFigures) -> None:
-        nonlocal kept
-        kept = figures.epoch
-        if network is not None:
-            network.save_pretrained(output / ADAPTER)
-        else:
-            with packed.whole() as whole:
-                whole.save_pretrained(output / MODEL)
-            original.save_pretrained(output / MODEL)  # so that it is a base like any other
-
-    figures: Sequence[EpochFigures] = fit(
-        packed,
-        sampler,
-        recipe,
-        evaluate=validation.figures,
-        keep=keep,
-        report=_say,
-        bfloat16=bf16,
-    )
-    paths = [d.source.path for d in (*datasets, *held_out)]
-    describe(output, recipe, tokenizer, paths, epochs=figures, kept=kept)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,54 @@
-"""Averaging the weights of runs that began from the same weights (arXiv 2203.05482)."""
+"""Averages of weights: over the steps of a run, and over runs that began alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 from ercbatch.errors import UsageError
-from train.run import MODEL, describe, load_run
+from train.run import MODEL, describe, description, load_run
+
+
+class Average:
+    """A moving average of the trained weights."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self._parameters = list(parameters)
+        self._decay = decay
+        self.weights = [p.detach().clone() for p in self._parameters]
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the current weights in. The decay grows from 0, so early weights are forgotten."""
+        self.updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.weights, [p.detach() for p in self._parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The average in place of the weights."""
+        kept = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for p, value in zip(self._parameters, self.weights, strict=True):
+                p.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self._parameters, kept, strict=True):
+                    p.copy_(value)
 
 
 def average_runs(runs: Sequence[Path], folder: Path) -> None:
-    """Write a run folder whose weights are the mean of the runs', recipe and data the first's.
+    """Write a run folder whose weights are the mean of the runs' (arXiv 2203.05482).
+
+    The recipe and the data are the first's.
 
     Raises:
         UsageError: runs that trained adapters, or models of different shapes.
@@ -33,5 +68,5 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
         whole.save_pretrained(folder / MODEL)
     tokenizer = AutoTokenizer.from_pretrained(runs[0] / MODEL, trust_remote_code=False)
     tokenizer.save_pretrained(folder / MODEL)
-    paths = list(first.data)
-    describe(folder, first.recipe, first.tokenizer, paths, averaged=[str(run) for run in runs])
+    described = description(first.recipe, first.tokenizer, list(first.data))
+    describe(folder, described, first.tokenizer, averaged=[str(run) for run in runs])

@@ -1,204 +1,182 @@
-"""Fitting: one loop over packed steps, an evaluation after each epoch, the best epoch kept."""
+"""A recipe to a run folder: data, model, loop, and what is written on the way."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from ercbatch.torch_model import PackedModel
+from ercbatch import bundle as files
+from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import UsageError
+from ercbatch.onnx_scorer import available_threads
+from ercbatch.pipeline import Retriever
+from ercbatch.torch_model import check_config
+from train.curves import write_curves
+from train.datasets import Dataset, read_dataset, share, without_overlap
+from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, told
+from train.model import check_memory, load_trainable
 from train.recipe import Recipe
-from train.samples import Sampler, Step
+from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description, load_run
+from train.samples import Sampler, TrainingBank, training_bank
+from train.state import STATE, load_state, save_state
+from train.validate import Validation
 
 
 @dataclass(frozen=True, slots=True)
-class EpochFigures:
-    """What one epoch came to; `valid` maps a label set's name to its figures."""
+class FitOptions:
+    """How a recipe is run: what does not change what it learns.
 
-    epoch: int
-    loss: float
-    emotion_loss: float
-    impact_loss: float
-    seconds: float
-    tokens: int
-    valid: dict[str, dict[str, float]]
-
-    @property
-    def score(self) -> float:
-        """What the best epoch is chosen by: the mean weighted F1 over the validation sets."""
-        return sum(f["weighted_f1"] for f in self.valid.values()) / max(1, len(self.valid))
-
-
-def step_loss(
-    model: PackedModel, step: Step, answer_tokens: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, emotion loss, impact loss) of a step: L_emotion + alpha * L_impact.
-
-    Each is the mean of -log P(label) over its questions, with P as the scorer computes it.
+    `bfloat16` None is: where the device is a GPU that has it. The state is saved every
+    `save_every` seconds.
     """
-    states = model(*step.batch)
-    logits = model.logits(states, answer_tokens).float()
-    log_probabilities = logits.masked_fill(~step.options, -torch.inf).log_softmax(-1)
-    log_probabilities = log_probabilities.masked_fill(~step.options, 0.0)
-    gold = -(step.targets * log_probabilities).sum(-1)
-    if recipe.label_smoothing:
-        spread = -log_probabilities.sum(-1) / step.options.sum(-1)
-        gold = (1 - recipe.label_smoothing) * gold + recipe.label_smoothing * spread
-    losses = []
-    for task in (0, 1):
-        weights = step.weights * (step.tasks == task)
-        losses.append((gold * weights).sum() / weights.sum().clamp(min=1e-9))
-    return losses[0] + recipe.alpha * losses[1], losses[0], losses[1]
+
+    bfloat16: bool | None = None
+    resume: bool = False
+    save_every: float = 300.0
 
 
-class Average:
-    """A moving average of the trained weights."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self._parameters = list(parameters)
-        self._decay = decay
-        self._average = [p.detach().clone() for p in self._parameters]
-        self._steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take the current weights in. The decay grows from 0, so early weights are forgotten."""
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The average in place of the weights."""
-        kept = [p.detach().clone() for p in self._parameters]
-        with torch.no_grad():
-            for p, value in zip(self._parameters, self._average, strict=True):
-                p.copy_(value)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(self._parameters, kept, strict=True):
-                    p.copy_(value)
-
-
-def fit(
-    model: PackedModel,
-    sampler: Sampler,
-    recipe: Recipe,
-    *,
-    evaluate: Callable[[], dict[str, dict[str, float]]],
-    keep: Callable[[EpochFigures], None],
-    report: Callable[[str], None],
-    bfloat16: bool,
-) -> list[EpochFigures]:
-    """Train; `keep` is called with the weights in place whenever an epoch is the best so far.
+def fit_recipe(
+    recipe: Recipe, folder: Path, options: FitOptions, report: Callable[[str], None]
+) -> None:
+    """Fit the model of a recipe; the folder is then a run.
 
     Raises:
-        FloatingPointError: the loss is no longer a number; what `keep` saved stands.
+        ErcbatchError: see `Fitting.run`, `read_dataset` and `load_causal_lm`.
     """
+    datasets, held_out = _read(recipe, report)
+    tests = [read_dataset(source) for source in recipe.test]
+    check_config(recipe.base)
+    check_memory(recipe)
+    bfloat16 = options.bfloat16
+    if bfloat16 is None:
+        bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1]
-    plain = [p for p in trained if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
-        fused=True,
+    packed, adapter, tokenizer = load_trainable(recipe, accelerator.device, bfloat16=bfloat16)
+    banks: dict[int, TrainingBank] = {}
+    retrievers: dict[str, Retriever] = {}
+    if recipe.demonstrations or recipe.demonstrations_shown:
+        source = Path(recipe.encoder)
+        encoder = SentenceEncoder(
+            source / files.ENCODER, source / files.ENCODER_TOKENIZER, threads=available_threads()
+        )
+        banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(datasets)}
+        for i, dataset in enumerate(datasets):
+            retrievers.setdefault(dataset.labels.name, Retriever(encoder, banks[i].bank))
+    sampler = Sampler(recipe, datasets, tokenizer, banks)
+    validation = Validation(packed, tokenizer, recipe, held_out, retrievers)
+    sampled = [dataset.first(recipe.train_sample) for dataset in datasets]
+    sample = Validation(
+        packed, tokenizer, recipe, sampled if recipe.train_sample else (), retrievers
     )
-    steps = len(list(sampler.epoch(0))) * recipe.epochs
-    warm = max(1, round(steps * recipe.warmup))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, max(0.0, (steps - s) / max(1, steps - warm)))
-    )
-    prepared: Any = accelerator.prepare(model, optimizer)
-    network, optimizer = prepared
-    average = Average(trained, recipe.average) if recipe.average else None
-    answer_tokens = torch.tensor(sampler.answer_tokens, device=accelerator.device)
-    figures: list[EpochFigures] = []
-    for epoch in range(1, recipe.epochs + 1):
-        network.train()
-        began, told, tokens, count = time.monotonic(), time.monotonic(), 0, 0
-        sums = torch.zeros(3)
-        for step in sampler.epoch(epoch):
-            step = _to(step, accelerator.device)
-            with accelerator.autocast():
-                losses = step_loss(network, step, answer_tokens, recipe)
-            if not math.isfinite(losses[0].item()):
-                raise FloatingPointError(
-                    f"the loss is {losses[0].item()} in epoch {epoch}: lower the learning rate"
+    paths = [source.path for source in (*recipe.train, *recipe.valid, *recipe.test)]
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        **description(recipe, tokenizer, paths),
+        "bfloat16": bfloat16,
+        "processes": accelerator.num_processes,
+    }
+    state = load_state(folder, described) if options.resume else None
+    if state is None:
+        for name in (DESCRIPTION, STATE):  # of a run that this one replaces
+            (folder / name).unlink(missing_ok=True)
+    kept = 0 if state is None else int(state["kept"])
+
+    def evaluate() -> tuple[Figures, Figures]:
+        return validation.figures(), sample.figures()
+
+    def keep(figures: EpochFigures) -> None:
+        nonlocal kept
+        kept = figures.epoch
+        write()
+
+    def write() -> None:
+        if adapter is not None:
+            adapter.save_pretrained(folder / ADAPTER)
+            return
+        with packed.whole() as whole:
+            whole.save_pretrained(folder / MODEL)
+        original = AutoTokenizer.from_pretrained(recipe.base, trust_remote_code=False)
+        original.save_pretrained(folder / MODEL)  # so that it is a base like any other
+
+    def finished(epochs: Sequence[EpochFigures]) -> None:
+        write_curves(folder, epochs)
+
+    def save(state: Mapping[str, Any]) -> None:
+        save_state(folder, described, {**state, "kept": kept})
+
+    with _stop_requests() as stopping:
+        hooks = Hooks(evaluate, keep, finished, save, report, stopping)
+        fitting = Fitting(
+            packed, sampler, recipe, hooks, accelerator, save_every=options.save_every
+        )
+        try:
+            epochs = fitting.run(state)
+        except DivergedError as error:
+            if not kept:  # the weights are those of the last step that went well
+                write()
+            describe(folder, described, tokenizer, epochs=fitting.finished, kept=kept)
+            raise DivergedError(f"{error}. {folder} holds what was good before") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UsageError(
+                f"too little memory on {accelerator.device} ({str(error).splitlines()[0]}): lower "
+                "packs_per_step or pack_tokens, set gradient_checkpointing, or load nf4"
+            ) from error
+    if accelerator.is_main_process:
+        describe(folder, described, tokenizer, epochs=epochs, kept=kept)
+        if tests:
+            run = load_run(folder)
+            run.model.to(accelerator.device)
+            test = Validation(run.model, tokenizer, recipe, tests, retrievers).figures()
+            describe(folder, described, tokenizer, epochs=epochs, kept=kept, test=test)
+            report(f"epoch {kept} is kept; {told(test)}")
+        (folder / STATE).unlink()
+
+
+def _read(recipe: Recipe, report: Callable[[str], None]) -> tuple[list[Dataset], list[Dataset]]:
+    """The training datasets, thinned as the recipe says, and the validation datasets."""
+    datasets = [read_dataset(source) for source in recipe.train]
+    held_out = [read_dataset(source) for source in recipe.valid]
+    if recipe.exclude_overlap:
+        datasets = [without_overlap(d, held_out, recipe.exclude_overlap) for d in datasets]
+        for dataset in datasets:
+            if not dataset.scenes:
+                raise UsageError(
+                    f"{dataset.source.path}: every dialogue shares a line with a validation "
+                    "dataset (exclude_overlap): nothing is left to train on"
                 )
-            accelerator.backward(losses[0])
-            accelerator.clip_grad_norm_(trained, recipe.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if average is not None:
-                average.update()
-            sums += torch.tensor([value.item() for value in losses])
-            tokens += step.batch.tokens.numel()
-            count += 1
-            if time.monotonic() - told > 15:
-                told = time.monotonic()
-                speed = tokens / (told - began)
-                mean = (sums / count).tolist()
-                report(
-                    f"epoch {epoch}/{recipe.epochs}, step {count}: loss {mean[0]:.3f} "
-                    f"(emotion {mean[1]:.3f}, impact {mean[2]:.3f}), {speed:,.0f} tokens/s"
-                )
-        network.eval()
-        if average is not None:
-            with average.applied():
-                figures.append(_figures(epoch, sums / max(1, count), began, tokens, evaluate()))
-                _keep_if_best(figures, keep)
-        else:
-            figures.append(_figures(epoch, sums / max(1, count), began, tokens, evaluate()))
-            _keep_if_best(figures, keep)
-        report(_told(figures[-1], recipe.epochs))
-    return figures
+    texts = [{u.text for s in d.scenes for u in s.dialogue.utterances} for d in held_out]
+    for dataset in datasets:
+        own = {u.text for s in dataset.scenes for u in s.dialogue.utterances}
+        if any(found and found <= own for found in texts):
+            report(
+                f"warning: all that is said in a validation dataset stands in "
+                f"{dataset.source.path} too: its figures will say nothing of new dialogues"
+            )
+    return share(datasets, recipe), held_out
 
 
-def _keep_if_best(figures: list[EpochFigures], keep: Callable[[EpochFigures], None]) -> None:
-    last = figures[-1]
-    if not last.valid or last.score >= max(f.score for f in figures):
-        keep(last)
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second one stops at once."""
+    asked = False
 
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.SIG_DFL)
 
-def _figures(
-    epoch: int, losses: Tensor, began: float, tokens: int, valid: dict[str, dict[str, float]]
-) -> EpochFigures:
-    loss, emotion, impact = losses.tolist()
-    return EpochFigures(epoch, loss, emotion, impact, time.monotonic() - began, tokens, valid)
-
-
-def _told(figures: EpochFigures, epochs: int) -> str:
-    valid = "; ".join(
-        f"{name}: weighted F1 {100 * f['weighted_f1']:.2f}, macro {100 * f['macro_f1']:.2f}, "
-        f"log loss {f['log_loss']:.3f}"
-        for name, f in figures.valid.items()
-    )
-    return (
-        f"epoch {figures.epoch}/{epochs}: loss {figures.loss:.4f} in {figures.seconds:.0f} s. "
-        f"{valid}"
-    )
-
-
-def _to(step: Step, device: torch.device) -> Step:
-    return Step(
-        type(step.batch)(*(tensor.to(device) for tensor in step.batch)),
-        step.options.to(device),
-        step.targets.to(device),
-        step.weights.to(device),
-        step.tasks.to(device),
-    )
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ercbatch.errors import UsageError
-from ercbatch.labels import label_set
+from ercbatch.labels import LabelSet, find_label_set, mapping_to
 from ercbatch.prompts import template
-from ercbatch.tree import Window
+from ercbatch.tree import Task, Window
+
+_DATA = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,12 @@ class Source:
 
     path: str
     labels: str
+    """The label set to learn: a built-in name, or a JSON file with name, labels and aliases."""
+    written: str = ""
+    """The label set that the file's labels belong to, where it is another one: they are mapped."""
+    mapping: str = ""
+    """JSON file for that: label set name -> its label -> the label to learn, or null to leave the
+    utterance out. Empty: the built-in mapping to `unified`."""
     fraction: float = 1.0
     """Share of the dialogues that each epoch draws anew."""
     leave_out: tuple[int, int] | None = None
@@ -35,12 +43,30 @@ class Source:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise UsageError(f"recipe: fraction of {self.path} must be in (0, 1]")
+        if self.mapping and not self.written:
+            raise UsageError(
+                f"recipe: {self.path} has a mapping: name the label set it is `written` in"
+            )
         if not 0 <= self.soft <= 1:
             raise UsageError(f"recipe: soft of {self.path} must be in [0, 1]")
         if self.leave_out is not None:
             fold, folds = self.leave_out
             if not 0 <= fold < folds:
                 raise UsageError(f"recipe: leave_out of {self.path} must be [k, n], k below n")
+
+    def label_set(self) -> LabelSet:
+        """The label set to learn."""
+        return find_label_set(self.labels)
+
+    def learnt(self) -> Mapping[str, str | None] | None:
+        """The file's label -> the label to learn; None where they are the same.
+
+        Raises:
+            UsageError: no such mapping, or one that leads out of the label set.
+        """
+        if not self.written or self.written == self.labels:
+            return None
+        return mapping_to(self.label_set(), find_label_set(self.written), self.mapping)
 
     def left_out(self, number: int) -> bool:
         """Whether the number-th dialogue of the file (from 0) is left out."""
@@ -55,15 +81,25 @@ class Recipe:
     """A Hugging Face checkpoint folder or hub id."""
     train: tuple[Source, ...]
     valid: tuple[Source, ...] = ()
+    """Choose the epoch that is kept."""
+    test: tuple[Source, ...] = ()
+    """Measured once, at the end, with the epoch that is kept."""
     method: str = "lora"
     """`lora` or `full`."""
     template: str = "paper"
     window: Window = field(default_factory=Window)
-    tasks: tuple[str, ...] = ("emotion", "impact")
+    tasks: tuple[str, ...] = ("speaker", "emotion", "impact")
+    """Any of them together."""
+    speaker_epochs: int = 3
+    """Epochs of a first stage on speaker identification alone; 0 mixes it in with the others."""
+    epochs: int = 6
+    """Epochs of the other tasks. The paper has 8 with demonstrations."""
     alpha: float = 0.1
     """Weight of the emotion-impact loss."""
-    epochs: int = 6
-    learning_rate: float = 2e-4
+    speaker_weight: float = 1.0
+    """Weight of the speaker loss where it is mixed in."""
+    learning_rate: float | None = None
+    """At its highest, in each stage. None: 2e-4 for LoRA, 2e-5 for all parameters."""
     weight_decay: float = 0.0
     warmup: float = 0.1
     clip: float = 1.0
@@ -73,12 +109,18 @@ class Recipe:
     lora_dropout: float = 0.05
     lora_targets: tuple[str, ...] = ()
     """Module names; empty: the attention projections, found by architecture."""
+    load: str = "full"
+    """Weights of a base under LoRA: `full` as they are, `nf4` or `int8` through bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, in much less memory."""
     pack_tokens: int = 512
     """Length of a pack."""
     packs_per_step: int = 4
     demonstrations: float = 0.0
     """Share of the dialogues whose questions carry one to `demonstrations_most` of them."""
     demonstrations_most: int = 3
+    demonstrations_shown: int = 0
+    """Demonstrations that each question shows in validation, of whichever labels."""
     encoder: str = ""
     """Folder with an exported sentence encoder, for demonstrations: `python -m export encoder`."""
     bank_per_label: int = 200
@@ -100,34 +142,86 @@ class Recipe:
     label_smoothing: float = 0.0
     class_balance: float = 0.0
     """Class weights: (label frequency) ** -class_balance, mean 1; 0 is none."""
+    fraction: float = 1.0
+    """Share of all training dialogues that the run has, the same in each epoch (data scaling)."""
+    mix: str = "ratio"
+    """How that share is taken of several datasets: `ratio` takes it of each, `total` of all
+    merged."""
+    train_sample: int = 0
+    """Training dialogues that are evaluated after each epoch beside the validation datasets."""
     average: float = 0.0
     """Decay of the moving average of the weights that is evaluated and kept; 0 is none."""
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise UsageError(f"recipe: method is {self.method!r}: choose lora or full")
+        _choose("method", self.method, ("lora", "full"))
+        _choose("load", self.load, ("full", "nf4", "int8"))
+        _choose("mix", self.mix, ("ratio", "total"))
+        if self.method == "full" and self.load != "full":
+            raise UsageError(f"recipe: load {self.load!r} is for LoRA: its weights are not trained")
         if not self.train:
             raise UsageError("recipe: no training data: add a [[train]] table")
+        if not self.tasks:
+            raise UsageError("recipe: no tasks: name some of speaker, emotion, impact")
         for task in self.tasks:
-            if task not in ("emotion", "impact"):
-                raise UsageError(f"recipe: no task {task!r}: choose from emotion, impact")
+            _choose("a task", task, tuple(t.value for t in Task))
         template(self.template)
-        if self.demonstrations and not self.encoder:
+        if (self.demonstrations or self.demonstrations_shown) and not self.encoder:
             raise UsageError("recipe: demonstrations need an encoder: name its folder")
-        for source in (*self.train, *self.valid):
-            label_set(source.labels)
+        for source in (*self.train, *self.valid, *self.test):
+            source.label_set()
         for name in ("dropout", "attention_dropout", "token_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"recipe: {name} must be in [0, 1)")
+        if not 0 < self.fraction <= 1:
+            raise UsageError("recipe: fraction must be in (0, 1]")
         for name in ("epochs", "pack_tokens", "packs_per_step", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"recipe: {name} must be at least 1")
+        for name in ("speaker_epochs", "train_sample", "demonstrations_shown"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"recipe: {name} must be at least 0")
+        if self.learning_rate is None:
+            rate = 2e-4 if self.method == "lora" else 2e-5
+            object.__setattr__(self, "learning_rate", rate)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run: one, or speaker identification first and then the rest."""
+        tasks = tuple(task for task in Task if task.value in self.tasks)
+        rest = tuple(task for task in tasks if task is not Task.SPEAKER)
+        weights = {Task.EMOTION: 1.0, Task.IMPACT: self.alpha, Task.SPEAKER: self.speaker_weight}
+        if rest == tasks or not rest or not self.speaker_epochs:
+            alone = dict.fromkeys(tasks, 1.0) if len(tasks) == 1 else None
+            epochs = self.epochs if rest else self.speaker_epochs or self.epochs
+            return (Stage(tasks, epochs, alone or weights),)
+        first = Stage((Task.SPEAKER,), self.speaker_epochs, {Task.SPEAKER: 1.0})
+        return first, Stage(rest, self.epochs, weights)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as written beside the adapter."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Epochs with the same tasks, under a learning rate that warms up and decays over them.
+
+    The loss is the sum of the tasks' losses, each times its weight.
+    """
+
+    tasks: tuple[Task, ...]
+    epochs: int
+    weights: Mapping[Task, float]
+
+    def __str__(self) -> str:
+        return " + ".join(task.value for task in self.tasks)
+
+
+def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"recipe: {name} is {value!r}: choose from {', '.join(known)}")
 
 
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
@@ -143,9 +237,13 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     for key in ("base", "encoder"):
         if key in values and (path.parent / values[key]).exists():
             values[key] = str(path.parent / values[key])
-    for table in (*values.get("train", ()), *values.get("valid", ())):
-        if isinstance(table, dict) and "path" in table:
-            table["path"] = str(path.parent / table["path"])
+    for table in (table for kind in _DATA for table in values.get(kind, ())):
+        for key in ("path", "labels", "written", "mapping"):
+            if isinstance(table, dict) and key in table:
+                beside = path.parent / table[key]
+                # A label set is a built-in name or a file; data is always a file.
+                if key in ("path", "mapping") or beside.is_file():
+                    table[key] = str(beside)
     values.update({key: value for key, value in overrides.items() if value is not None})
     return recipe_from(path, values)
 
@@ -157,9 +255,9 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
         UsageError: unknown keys, or values out of range.
     """
     values = dict(values)
-    for key in ("train", "valid"):
+    for key in _DATA:
         tables = values.get(key, ())
-        if not all(isinstance(table, Mapping) for table in tables):
+        if isinstance(tables, Mapping) or not all(isinstance(t, Mapping) for t in tables):
             raise UsageError(f"{path}: {key} is not a list of tables: write [[{key}]]")
         values[key] = tuple(_source(path, table) for table in tables)
     if "window" in values:

@@ -17,7 +17,8 @@ from ercbatch import bundle as files
 from ercbatch.errors import UsageError
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
-from train.recipe import Recipe, recipe_from
+from ercbatch.tree import Window
+from train.recipe import Recipe, Source, recipe_from
 
 DESCRIPTION = "run.json"
 MODEL, ADAPTER = "model", "adapter"
@@ -59,19 +60,51 @@ def load_run(folder: Path, *, attention: str = "sdpa") -> TrainedRun:
     return TrainedRun(recipe, data, PackedModel(model.float().eval()), tokenizer)
 
 
-def describe(
-    folder: Path, recipe: Recipe, tokenizer: SegmentTokenizer, paths: Sequence[str], **rest: Any
-) -> None:
-    """Write the description of a finished run: from then on the folder is one."""
-    described = {
+def untrained_run(base: str, source: Source, wording: str, *, attention: str) -> TrainedRun:
+    """A base as it is, as if it were a run: for zero-shot figures and bundles.
+
+    `source` is the labelled data to measure on; `wording` the template's name.
+
+    Raises:
+        UsageError: not a causal language model, or no such template.
+    """
+    model, tokenizer = load_causal_lm(base, attn_implementation=attention)
+    packed = PackedModel(model.float().eval())
+    window = Window()
+    tokens = min(window.max_tokens, packed.longest_prompt or window.max_tokens)
+    recipe = Recipe(
+        base=base,
+        train=(source,),
+        valid=(source,),
+        method="full",
+        template=wording,
+        window=Window(
+            max_tokens=tokens, max_utterance_tokens=min(window.max_utterance_tokens, tokens // 4)
+        ),
+    )
+    return TrainedRun(recipe, {source.path: digest(source.path)}, packed, tokenizer)
+
+
+def description(
+    recipe: Recipe, tokenizer: SegmentTokenizer, paths: Sequence[str]
+) -> dict[str, Any]:
+    """What a run depends on: the resolved recipe, the tokenizer's controls, the data's digests."""
+    return {
         "recipe": recipe.to_json(),
         "controls": tokenizer.controls.to_json(),
-        "versions": {n: version(n) for n in ("ercbatch", "torch", "transformers", "peft")},
         "data": {path: digest(path) for path in paths},
-        **rest,
     }
+
+
+def describe(
+    folder: Path, described: Mapping[str, Any], tokenizer: SegmentTokenizer, **rest: Any
+) -> None:
+    """Write the description of a finished run: from then on the folder is one."""
+    versions = {name: version(name) for name in ("ercbatch", "torch", "transformers", "peft")}
     tokenizer.save(folder / files.TOKENIZER)
-    text = json.dumps(described, indent=2, default=dataclasses.asdict)
+    text = json.dumps(
+        {**described, "versions": versions, **rest}, indent=2, default=dataclasses.asdict
+    )
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,113 +12,20 @@ import torch
 from torch import Tensor
 
 from ercbatch.bank import Demonstration, DemonstrationBank, balance
-from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import InputError
-from ercbatch.labels import LabelSet, label_set
+from ercbatch.labels import LabelSet
 from ercbatch.packs import Pack, graft
 from ercbatch.prompts import template
-from ercbatch.records import read_dialogues
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import Batch, collate
-from ercbatch.tree import Question, Renderer, Task, Tree
-from train.recipe import Recipe, Source
+from ercbatch.tree import Question, Renderer, Task, Tree, speaker_numbers
+from train.datasets import Dataset, Scene, Target, one_hot
+from train.recipe import Recipe
 
 _LENGTHS = 32
 """Batches are padded to multiples of this many tokens."""
-
-Target = npt.NDArray[np.float32]
-"""What an utterance should be answered with: a probability for each label [labels]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A dialogue and the target of each utterance, where it has one; labels are canonical."""
-
-    dialogue: Dialogue
-    targets: tuple[Target | None, ...]
-
-    @property
-    def asked(self) -> list[int]:
-        """The utterances that have a text and a target."""
-        said = enumerate(self.dialogue.utterances)
-        return [t for t, u in said if self.targets[t] is not None and u.text.strip()]
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Labelled dialogues of one label set."""
-
-    source: Source
-    labels: LabelSet
-    scenes: tuple[Scene, ...]
-
-
-def read_dataset(source: Source) -> Dataset:
-    """Read a dataset.
-
-    Raises:
-        InputError: a bad line, a label outside the set, missing scores, or no label at all.
-    """
-    labels = label_set(source.labels)
-    scenes = [
-        _scene(dialogue, labels, source, f"{source.path}, line {line}")
-        for number, (line, dialogue) in enumerate(read_dialogues(Path(source.path)))
-        if not source.left_out(number)
-    ]
-    if not any(target is not None for scene in scenes for target in scene.targets):
-        raise InputError(
-            f"{source.path}: no utterance has a `label`: training needs labelled dialogues"
-        )
-    return Dataset(source, labels, tuple(scenes))
-
-
-def _scene(dialogue: Dialogue, labels: LabelSet, source: Source, place: str) -> Scene:
-    record = dialogue.record
-    turns = record["utterances" if "utterances" in record else "messages"]
-    utterances, targets = [], []
-    for utterance, turn in zip(dialogue.utterances, turns, strict=True):
-        label = None
-        if utterance.label is not None and source.soft < 1:
-            label = labels.canonical(utterance.label)
-            if label is None:
-                raise InputError(
-                    f"{place}: label {utterance.label!r} is not in the "
-                    f"label set {labels.name}: {', '.join(labels.labels)}"
-                )
-        target = None if label is None else _one_hot(label, labels)
-        if source.soft and utterance.text.strip():
-            scores = _scores(turn.get("scores"), labels, place)
-            target = scores if target is None else source.soft * scores + (1 - source.soft) * target
-        utterances.append(replace(utterance, label=label))
-        targets.append(target)
-    return Scene(Dialogue(tuple(utterances), {}), tuple(targets))
-
-
-def _one_hot(label: str, labels: LabelSet) -> Target:
-    target: Target = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
-    return target
-
-
-def _scores(value: object, labels: LabelSet, place: str) -> Target:
-    if not isinstance(value, Mapping) or set(value) != set(labels.labels):
-        raise InputError(
-            f"{place}: an utterance has no `scores` over the label set {labels.name}: "
-            "run `python -m train teach` first"
-        )
-    return np.array([value[label] for label in labels.labels], dtype=np.float32)
-
-
-def without_overlap(dataset: Dataset, held_out: Sequence[Dataset], letters: int) -> Dataset:
-    """The dataset without the dialogues that share a line of that many letters with `held_out`."""
-    known = {line for d in held_out for s in d.scenes for line in _lines(s.dialogue, letters)}
-    kept = tuple(s for s in dataset.scenes if known.isdisjoint(_lines(s.dialogue, letters)))
-    return replace(dataset, scenes=kept)
-
-
-def _lines(dialogue: Dialogue, letters: int) -> set[str]:
-    lines = {"".join(filter(str.isalpha, u.text.casefold())) for u in dialogue.utterances}
-    return {line for line in lines if len(line) >= letters}
+TASKS = tuple(Task)
+"""`Step.tasks` are indices into this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +61,8 @@ class Step:
     """One optimizer step: a batch, and what its reads should answer.
 
     `options` [reads, answer tokens] says which answer tokens a read chooses among, `targets`
-    [reads, answer tokens] how probable each should be, `weights` [reads] how much the read counts.
+    [reads, answer tokens] how probable each should be, `weights` [reads] how much the read counts,
+    `tasks` [reads] what it is about (an index into `TASKS`).
     """
 
     batch: Batch
@@ -162,6 +70,32 @@ class Step:
     targets: Tensor
     weights: Tensor
     tasks: Tensor
+
+    def to(self, device: torch.device) -> Step:
+        """The same on a device."""
+        batch = Batch(*(tensor.to(device) for tensor in self.batch))
+        rest = (self.options, self.targets, self.weights, self.tasks)
+        return Step(batch, *(tensor.to(device) for tensor in rest))
+
+
+class Epoch:
+    """The steps of one epoch, each put together when it is taken."""
+
+    def __init__(self, steps: Sequence[Sequence[Pack]], step: Callable[..., Step]) -> None:
+        self._packs = steps
+        self._step = step
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, number: int) -> Step:
+        return self._step(self._packs[number])
+
+    @property
+    def longest(self) -> int:
+        """The number of the step that takes the most memory."""
+        lengths = [max(len(p) for p in packs) for packs in self._packs]
+        return lengths.index(max(lengths))
 
 
 class Sampler:
@@ -186,13 +120,20 @@ class Sampler:
                 window = replace(recipe.window, future=future)
                 labels = dataset.labels.labels
                 self._renderers[i, later] = Renderer(self._tokenizer, wording, window, labels)
-        tokens = {t for r in self._renderers.values() for t in r.trie.tokens}
-        self.answer_tokens = tuple(sorted(tokens))
+        tries = [renderer.trie for renderer in self._renderers.values()]
+        if Task.SPEAKER.value in recipe.tasks:
+            tries += [
+                self._renderers[i, False].answers(question, scene.dialogue)
+                for i, dataset in enumerate(datasets)
+                for scene in dataset.scenes
+                for question in _speaker_questions(scene)[:1]
+            ]
+        self.answer_tokens = tuple(sorted({token for trie in tries for token in trie.tokens}))
         self._column = {token: i for i, token in enumerate(self.answer_tokens)}
         self._class_weights = [_class_weights(d, recipe.class_balance) for d in datasets]
 
-    def epoch(self, number: int) -> Iterator[Step]:
-        """The steps of one epoch; the same number gives the same steps."""
+    def epoch(self, number: int, tasks: Collection[Task]) -> Epoch:
+        """One epoch of these tasks; the same arguments give the same steps."""
         random = np.random.default_rng([self._recipe.seed, number])
         self._tokenizer.draw_from(random)
         drawn: list[tuple[int, Scene]] = []
@@ -201,26 +142,31 @@ class Sampler:
             for j in random.permutation(len(dataset.scenes))[:count]:
                 drawn.append((i, dataset.scenes[j]))
         random.shuffle(drawn)
-        trees: list[list[tuple[int, Tree]]] = [[] for _ in self._datasets]
+        # Trees that begin alike share a pack: those of a dataset, and all about speakers.
+        trees: dict[tuple[int, ...], list[tuple[int, Tree]]] = {}
         for owner, (i, scene) in enumerate(drawn):
             later = bool(random.random() < self._recipe.later_turns)
-            questions = self._questions(i, scene, random)
-            if questions:
-                rendered = self._renderers[i, later].trees(scene.dialogue, questions)
-                trees[i] += [(owner, tree) for tree in rendered]
+            questions = self._questions(i, scene, tasks, random)
+            renderer = self._renderers[i, later]
+            for tree in renderer.trees(scene.dialogue, questions) if questions else ():
+                about_speakers = tree.reads[0][1].question.task is Task.SPEAKER
+                head = renderer.speaker_head if about_speakers else renderer.head
+                trees.setdefault(head, []).append((owner, tree))
         packs = [
             packed
-            for i, own in enumerate(trees)
-            for packed in _packs(own, len(self._renderers[i, False].head), self._recipe.pack_tokens)
+            for head, own in trees.items()
+            for packed in _packs(own, len(head), self._recipe.pack_tokens)
         ]
         # Packs of like length share a step, so that little is padded; steps come in random order.
         size = self._recipe.packs_per_step
         order = sorted(random.permutation(len(packs)), key=lambda p: -len(packs[p]))
         steps = [order[at : at + size] for at in range(0, len(order), size)]
-        for at in random.permutation(len(steps)):
-            yield self._step([packs[p] for p in steps[at]], drawn)
+        chosen = [[packs[p] for p in steps[at]] for at in random.permutation(len(steps))]
+        return Epoch(chosen, partial(self._step, drawn=drawn))
 
-    def _questions(self, i: int, scene: Scene, random: np.random.Generator) -> list[Question]:
+    def _questions(
+        self, i: int, scene: Scene, tasks: Collection[Task], random: np.random.Generator
+    ) -> list[Question]:
         recipe = self._recipe
         asked = scene.asked
         questions = []
@@ -240,10 +186,12 @@ class Sampler:
                 for t, demonstrations in zip(asked, found, strict=True)
             }
         for t in asked:
-            if "emotion" in recipe.tasks:
+            if Task.EMOTION in tasks:
                 questions.append(Question(Task.EMOTION, t, shown.get(t, ())))
-            if "impact" in recipe.tasks and t > 0:
+            if Task.IMPACT in tasks and t > 0:
                 questions.append(Question(Task.IMPACT, t))
+        if Task.SPEAKER in tasks:
+            questions += _speaker_questions(scene)
         return questions
 
     def _step(self, packs: Sequence[Pack], drawn: Sequence[tuple[int, Scene]]) -> Step:
@@ -254,18 +202,33 @@ class Sampler:
         tasks = torch.zeros(len(reads), dtype=torch.long)
         for row, (owner, read) in enumerate(reads):
             i, scene = drawn[owner]
-            target = scene.targets[read.question.utterance]
-            assert target is not None  # only utterances with a target are asked about
-            choice = self._renderers[i, False].trie.choices[read.choice]
+            trie = self._renderers[i, False].answers(read.question, scene.dialogue)
+            choice = trie.choices[read.choice]
             options[row, [self._column[token] for token in choice.options]] = True
-            tasks[row] = read.question.task is Task.IMPACT
-            weighted = target * self._class_weights[i]
+            tasks[row] = TASKS.index(read.question.task)
+            weighted = self._target(i, scene, read.question, trie.size)
             for token, behind in zip(choice.options, choice.labels, strict=True):
                 targets[row, self._column[token]] = float(weighted[list(behind)].sum())
             # What does not pass this choice of the trie does not count in it.
             weights[row] = targets[row].sum()
             targets[row] /= weights[row].clamp(min=1e-9)
         return Step(collate(packs, _LENGTHS), options, targets, weights, tasks)
+
+    def _target(self, i: int, scene: Scene, question: Question, answers: int) -> Target:
+        """How probable each answer should be, times the weight of its class."""
+        if question.task is Task.SPEAKER:
+            speaker = speaker_numbers(scene.dialogue)[question.utterance]
+            return one_hot(speaker, answers)
+        target = scene.targets[question.utterance]
+        assert target is not None  # only utterances with a target are asked about
+        return target * self._class_weights[i]
+
+
+def _speaker_questions(scene: Scene) -> list[Question]:
+    """Who said each utterance; none where there are not two to choose from."""
+    if len(set(speaker_numbers(scene.dialogue))) < 2:
+        return []
+    return [Question(Task.SPEAKER, t) for t in scene.said]
 
 
 class _NoisyTokenizer(SegmentTokenizer):

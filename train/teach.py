@@ -77,7 +77,7 @@ def teach(
 def _fitted_on(run: TrainedRun, sha256: str, labels: LabelSet, number: int) -> bool:
     return any(
         run.data.get(source.path) == sha256
-        and source.labels == labels.name
+        and source.label_set().name == labels.name
         and not source.left_out(number)
         for source in run.recipe.train
     )

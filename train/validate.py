@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ercbatch.evaluate import f1_figures
-from ercbatch.pipeline import Engine
+from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer
+from train.datasets import Dataset
 from train.recipe import Recipe
-from train.samples import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,10 @@ def predict(engine: Engine, dataset: Dataset) -> Predictions:
 
 
 class Validation:
-    """Held-out datasets and the engine of each."""
+    """Held-out datasets and the engine of each.
+
+    `retrievers` maps label sets' names to what finds the `demonstrations_shown` of the recipe.
+    """
 
     def __init__(
         self,
@@ -65,10 +69,13 @@ class Validation:
         tokenizer: SegmentTokenizer,
         recipe: Recipe,
         datasets: Sequence[Dataset],
+        retrievers: Mapping[str, Retriever] | None = None,
     ) -> None:
         wording = template(recipe.template)
         self._model = model
         self._pack_tokens = recipe.pack_tokens
+        self._shown = recipe.demonstrations_shown
+        self._retrievers = retrievers or {}
         self._datasets = [
             (d, Renderer(tokenizer, wording, recipe.window, d.labels.labels)) for d in datasets
         ]
@@ -78,7 +85,10 @@ class Validation:
         found = {}
         for dataset, renderer in self._datasets:
             scorer = TorchScorer(self._model, renderer.trie.tokens)
-            engine = Engine(scorer, renderer, 1.0, self._pack_tokens)
-            predictions = predict(engine, dataset)
-            found[dataset.labels.name] = predictions.figures()
+            retriever = self._retrievers.get(dataset.labels.name)
+            engine = Engine(scorer, renderer, 1.0, self._pack_tokens, retriever, self._shown)
+            name = dataset.labels.name
+            if sum(d.labels.name == name for d, _ in self._datasets) > 1:
+                name = f"{name} ({Path(dataset.source.path).stem})"
+            found[name] = predict(engine, dataset).figures()
         return found

@@ -1,0 +1,242 @@
+"""The paper's tables, on any base: one recipe varied, each variant trained with several seeds.
+
+    python -m benchmarks.studies ablation RECIPE -o FOLDER
+
+Every variant is a run folder under FOLDER; what is finished there is not trained again, and what
+was interrupted goes on. Figures are those of the recipe's [[test]] data; without any they are of
+the validation data, which also chose the epochs, and so a little too good.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ercbatch.cli import Failure
+from ercbatch.errors import ErcbatchError, UsageError
+from train.fit import FitOptions, fit_recipe
+from train.recipe import Recipe, Source, read_recipe
+from train.run import DESCRIPTION
+
+Variants = Mapping[str, Recipe]
+
+_TRAIN_SAMPLE = 100
+"""Training dialogues that show how much better a model knows its own data."""
+
+
+def ablation(recipe: Recipe) -> Variants:
+    """Each auxiliary task alone, both, none; without demonstrations; the plain prompt."""
+    with_demos = _demonstrated(recipe, 1)
+    return {
+        "InstructERC": with_demos,
+        "without impact": replace(with_demos, tasks=("speaker", "emotion")),
+        "without speaker": replace(with_demos, tasks=("emotion", "impact")),
+        "without both": replace(with_demos, tasks=("emotion",)),
+        "without demonstrations": _demonstrated(recipe, 0),
+        "without same label": replace(with_demos, same_label=False),
+        "plain prompt": replace(_demonstrated(recipe, 0), template="plain", tasks=("emotion",)),
+    }
+
+
+def window(recipe: Recipe) -> Variants:
+    """How many earlier turns are in view."""
+    return {
+        f"{turns} turns": replace(recipe, window=replace(recipe.window, turns=turns))
+        for turns in (1, 5, 12, 20)
+    }
+
+
+def lora_vs_full(recipe: Recipe) -> Variants:
+    """Adapters against all parameters, each at the paper's learning rate."""
+    recipe = replace(recipe, train_sample=_TRAIN_SAMPLE)
+    return {
+        "LoRA": replace(recipe, method="lora", learning_rate=None),
+        "full": replace(recipe, method="full", load="full", learning_rate=None),
+    }
+
+
+def scaling(recipe: Recipe) -> Variants:
+    """1 to 1/64 of the data: of each dataset alone, and of all by either way of mixing."""
+    variants = {}
+    for parts in (1, 2, 4, 8, 16, 32, 64):
+        part = replace(recipe, fraction=recipe.fraction / parts)
+        for source in recipe.train:
+            variants[f"1/{parts} of {Path(source.path).stem}"] = replace(
+                part,
+                train=(source,),
+                valid=tuple(s for s in recipe.valid if s.labels == source.labels),
+                test=tuple(s for s in recipe.test if s.labels == source.labels),
+            )
+        if len(recipe.train) > 1:
+            for mix in ("total", "ratio"):
+                variants[f"1/{parts}, {mix} mix"] = replace(part, mix=mix)
+    return variants
+
+
+def transfer(recipe: Recipe) -> Variants:
+    """Train on one dataset, measure on each, all under the unified labels."""
+
+    def unified(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(
+            s if s.labels == "unified" else replace(s, labels="unified", written=s.labels)
+            for s in sources
+        )
+
+    recipe = replace(recipe, valid=unified(recipe.valid), test=unified(recipe.test))
+    return {
+        f"from {Path(source.path).stem}": replace(recipe, train=(source,))
+        for source in unified(recipe.train)
+    }
+
+
+def demos(recipe: Recipe) -> Variants:
+    """How many demonstrations a question shows, in training as in measuring."""
+    return {f"{count} demonstrations": _demonstrated(recipe, count) for count in (0, 1, 3, 5)}
+
+
+def _demonstrated(recipe: Recipe, count: int) -> Recipe:
+    if not recipe.encoder:
+        raise UsageError("this study shows demonstrations: name an `encoder` in the recipe")
+    return replace(
+        recipe,
+        demonstrations=1.0 if count else 0.0,
+        demonstrations_most=max(1, count),
+        demonstrations_shown=count,
+    )
+
+
+STUDIES: Mapping[str, Callable[[Recipe], Variants]] = {
+    "ablation": ablation,
+    "window": window,
+    "lora-vs-full": lora_vs_full,
+    "scaling": scaling,
+    "transfer": transfer,
+    "demos": demos,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the runs of one variant came to: dataset -> figure -> one value a seed."""
+
+    figures: Mapping[str, Mapping[str, list[float]]]
+    gaps: list[list[float]]
+    """For each epoch, one value a seed: weighted F1 on training data less on validation data."""
+
+
+def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None) -> Outcome:
+    """Train what is not trained yet, and collect its figures."""
+    figures: dict[str, dict[str, list[float]]] = {}
+    gaps: dict[int, list[float]] = {}
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        run = folder / str(seed)
+        described = _trained(replace(recipe, seed=seed), run, bfloat16)
+        kept = next(e for e in described["epochs"] if e["epoch"] == described["kept"])
+        for name, found in (described.get("test") or kept["valid"]).items():
+            for figure in ("weighted_f1", "macro_f1"):
+                figures.setdefault(name, {}).setdefault(figure, []).append(found[figure])
+        for epoch in described["epochs"]:
+            if epoch["train"]:
+                both = (epoch["train"], epoch["valid"])
+                means = [statistics.mean(f["weighted_f1"] for f in d.values()) for d in both]
+                gaps.setdefault(epoch["epoch"], []).append(means[0] - means[1])
+    return Outcome(figures, list(gaps.values()))
+
+
+def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, Any]:
+    path = run / DESCRIPTION
+    if not path.exists():
+        print(f"studies: {run}", file=sys.stderr, flush=True)
+        fit_recipe(recipe, run, FitOptions(bfloat16, resume=True), _say)
+    described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if described["recipe"] != json.loads(json.dumps(recipe.to_json())):
+        raise UsageError(f"{run} was trained by another recipe: choose another folder")
+    return described
+
+
+def _say(text: str) -> None:
+    print(f"train: {text}", file=sys.stderr, flush=True)
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(STUDIES)))
+@click.argument("recipe_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--base", help="Another base than the recipe's.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), help="Another number of epochs.")
+@click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Share of the data.")
+@click.option("--bf16/--no-bf16", default=None)
+def main(
+    name: str,
+    recipe_file: Path,
+    output: Path,
+    base: str | None,
+    seeds: int,
+    epochs: int | None,
+    fraction: float | None,
+    bf16: bool | None,
+) -> None:
+    """Run the study NAME on the recipe in RECIPE_FILE."""
+    try:
+        recipe = read_recipe(recipe_file, base=base, epochs=epochs, fraction=fraction)
+        variants = STUDIES[name](recipe)
+        outcomes = {
+            variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)
+            for variant, one in variants.items()
+        }
+    except ErcbatchError as error:
+        raise Failure(error) from error
+    _print(name, recipe, outcomes)
+    click.echo(json.dumps({"study": name, "seeds": seeds, "variants": _plain(outcomes)}))
+
+
+def _print(name: str, recipe: Recipe, outcomes: Mapping[str, Outcome]) -> None:
+    where = "test" if recipe.test else "validation"
+    datasets = list(dict.fromkeys(d for o in outcomes.values() for d in o.figures))
+    table = Table("variant", title=f"{name}: weighted / macro F1 in % on {where} data")
+    for dataset in datasets:
+        table.add_column(dataset)
+    for variant, outcome in outcomes.items():
+        cells = []
+        for dataset in datasets:
+            found = outcome.figures.get(dataset)
+            figures = () if found is None else (found["weighted_f1"], found["macro_f1"])
+            cells.append(" / ".join(_spread(values) for values in figures))
+        table.add_row(variant, *cells)
+    console = Console()
+    console.print(table)
+    gapped = {variant: o.gaps for variant, o in outcomes.items() if o.gaps}
+    if gapped:
+        table = Table("variant", title="weighted F1 on training data less on validation data")
+        for epoch in range(1, 1 + max(map(len, gapped.values()))):
+            table.add_column(f"epoch {epoch}")
+        for variant, gaps in gapped.items():
+            table.add_row(variant, *(_spread(values) for values in gaps))
+        console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation, in per cent."""
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _plain(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {
+        variant: {"figures": outcome.figures, "gaps": outcome.gaps}
+        for variant, outcome in outcomes.items()
+    }
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.studies")

@@ -1,0 +1,326 @@
+"""`python -m train fit`: stages, tasks, interruption, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXAMPLES, ROOT, python, write_model
+from safetensors.torch import load_file
+
+from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.errors import UsageError
+from ercbatch.labels import label_set
+from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.tree import Task
+from train.datasets import Dataset, Scene, one_hot, read_dataset, share
+from train.loop import Objective
+from train.recipe import Recipe, Source
+from train.run import load_run
+from train.samples import TASKS, Sampler
+
+CHAT = EXAMPLES / "labelled_chat.jsonl"
+
+
+def write_recipe(folder: Path, base: Path, **values: Any) -> Path:
+    """A small recipe for the labelled example."""
+    settings = {
+        "base": str(base),
+        "template": "compact",
+        "learning_rate": 1e-2,
+        "epochs": 1,
+        "speaker_epochs": 1,
+        "pack_tokens": 128,
+        "packs_per_step": 2,
+        **values,
+    }
+    window = "turns = 3\nstride = 2\nmax_tokens = 400\nmax_utterance_tokens = 60"
+    table = f"path = {json.dumps(str(CHAT))}\nlabels = 'meld'"
+    path = folder / "recipe.toml"
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    path.write_text(f"{lines}\n[window]\n{window}\n[[train]]\n{table}\n[[valid]]\n{table}\n")
+    return path
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """A run's epochs without their durations."""
+    epochs = json.loads((run / "run.json").read_text())["epochs"]
+    return [{key: value for key, value in e.items() if key != "seconds"} for e in epochs]
+
+
+def recipe(**values: Any) -> Recipe:
+    return Recipe(base="x", train=(Source("y", "meld"),), template="compact", **values)
+
+
+def scene(*texts: str, labels: str = "meld") -> Scene:
+    """A dialogue of two speakers, every turn neutral."""
+    utterances = tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(texts))
+    neutral = one_hot(label_set(labels).index("neutral"), len(label_set(labels)))
+    return Scene(Dialogue(utterances), (neutral,) * len(texts))
+
+
+def dataset(*scenes: Scene) -> Dataset:
+    return Dataset(Source("y", "meld"), label_set("meld"), scenes)
+
+
+def test_speakers_are_learnt_first_and_the_rest_after(trained: Path) -> None:
+    run = json.loads((trained / "run.json").read_text())
+    first, *rest = run["epochs"]
+    assert first["stage"] == "speaker"
+    assert list(first["losses"]) == ["speaker"]
+    assert {e["stage"] for e in rest} == {"emotion + impact"}
+    assert all(e["valid"]["meld"]["weighted_f1"] >= 0 for e in rest)
+    with (trained / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["weighted_f1"] == ""
+    assert float(rows[-1]["weighted_f1"]) == pytest.approx(
+        rest[-1]["valid"]["meld"]["weighted_f1"], abs=1e-5
+    )
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        ({}, [("speaker", 3), ("emotion + impact", 6)]),
+        ({"tasks": ("emotion",)}, [("emotion", 6)]),
+        ({"tasks": ("speaker",)}, [("speaker", 3)]),
+        ({"tasks": ("speaker", "emotion")}, [("speaker", 3), ("emotion", 6)]),
+        ({"speaker_epochs": 0}, [("emotion + impact + speaker", 6)]),
+    ],
+)
+def test_tasks_make_stages(values: dict[str, Any], stages: list[tuple[str, int]]) -> None:
+    assert [(str(s), s.epochs) for s in recipe(**values).stages] == stages
+
+
+def test_the_loss_is_the_emotion_loss_and_alpha_times_the_impact_loss(trained: Path) -> None:
+    for epoch in json.loads((trained / "run.json").read_text())["epochs"][1:]:
+        losses = epoch["losses"]
+        assert epoch["loss"] == pytest.approx(losses["emotion"] + 0.1 * losses["impact"], rel=1e-4)
+
+
+def test_a_speaker_question_is_answered_with_its_speaker(bert: Path) -> None:
+    _, tokenizer = load_causal_lm(str(bert))
+    sampler = Sampler(recipe(), [dataset(scene("oh no", "yes", "my train"))], tokenizer, {})
+    (step,) = sampler.epoch(1, [Task.SPEAKER])
+    assert [TASKS[i] for i in step.tasks] == [Task.SPEAKER] * 3
+    answers = [sampler.answer_tokens[i] for i in step.targets.argmax(1)]
+    zero, one = (tokenizer.template(f" {name}")[0] for name in "01")
+    assert answers == [zero, one, zero]
+    assert (step.options.sum(1) == 2).all()
+
+
+def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
+    """The first sign of a model that cheats: change what it must not see, its answers move."""
+    model, tokenizer = load_causal_lm(str(bert))
+    packed = PackedModel(model.eval())
+    said = ("where is my train", "it is gone", "oh no", "yes it is late")
+
+    def states(changed: Scene) -> torch.Tensor:
+        sampler = Sampler(recipe(), [dataset(changed)], tokenizer, {})
+        (step,) = sampler.epoch(1, [Task.EMOTION, Task.IMPACT])
+        with torch.no_grad():
+            return packed(*step.batch)
+
+    original = states(scene(*said))
+    # In order of the prompts' ends: emotion 0, impact 1, emotion 1, impact 2, emotion 2, ...
+    assert len(original) == 7
+    later = states(scene(*said[:2], "thank you please", said[3]))
+    same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(original, later, strict=True)]
+    assert same == [True, True, True, True, False, False, False]
+    sad = dataclasses.replace(scene(*said), targets=(one_hot(3, 7),) * 4)
+    assert torch.equal(states(sad), original)
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(bert: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, bert, epochs=10, packs_per_step=1, average=0.5)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = python("-m", "train", "fit", path, "-o", whole)
+    assert done.returncode == 0, done.stderr
+
+    fit = [sys.executable, "-m", "train", "fit", str(path), "-o", str(broken), "--save-every", "0"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 75)):
+        resume = ["--resume"] if (broken / "state.pt").exists() else []
+        before = (broken / "state.pt").stat().st_mtime_ns if resume else 0
+        process = subprocess.Popen(
+            [*fit, *resume], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None:
+            time.sleep(0.02)
+            state = broken / "state.pt"
+            if state.exists() and state.stat().st_mtime_ns > before:
+                process.send_signal(number)
+                break
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == code, told
+    command = told.split("to go on: ")[1].strip()
+    assert command == " ".join(["python", *fit[1:], "--resume"])
+
+    done = python(*fit[1:])
+    assert done.returncode == 2
+    assert "go on with --resume, or start again with --force" in done.stderr
+    other = python(*fit[1:], "--resume", "--seed", "7")
+    assert other.returncode == 2
+    assert "recipe.seed is not what the run began with" in other.stderr
+    done = python(*fit[1:], "--resume")
+    assert done.returncode == 0, done.stderr
+    assert figures(broken) == figures(whole)
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    assert (broken / adapter).read_bytes() == (whole / adapter).read_bytes()
+    assert not (broken / "state.pt").exists()
+    again = python(*fit[1:], "--resume")
+    assert again.returncode == 0
+    assert "nothing to resume" in again.stderr
+
+
+def test_a_loss_that_is_no_number_stops_with_good_weights(bert: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = write_recipe(tmp_path, bert, learning_rate=1e30, clip=1e30, warmup=0.0, epochs=9)
+    done = python("-m", "train", "fit", path, "-o", run)
+    assert done.returncode == 1
+    assert "lower learning_rate" in done.stderr
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert load_run(run).recipe.learning_rate == 1e30
+
+
+def test_two_processes_share_the_steps(bert: Path, tmp_path: Path) -> None:
+    path, run = write_recipe(tmp_path, bert, packs_per_step=1), tmp_path / "run"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    done = python(*launch, "train", "fit", path, "-o", run, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    alone = python("-m", "train", "fit", path, "-o", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = figures(run), figures(tmp_path / "alone")
+    assert [e["stage"] for e in ours] == [e["stage"] for e in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert 0.4 < mine["tokens"] / other["tokens"] < 0.7
+    assert done.stderr.count("epoch 2/2") == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path, kind)
+    gradients = []
+    for checkpointing in (False, True):
+        from train.model import load_trainable
+
+        wanted = dataclasses.replace(
+            recipe(), base=str(base), gradient_checkpointing=checkpointing, lora_dropout=0.0
+        )
+        wanted = dataclasses.replace(wanted, dropout=0.0) if kind == "bert" else wanted
+        packed, _, tokenizer = load_trainable(wanted, torch.device("cpu"), bfloat16=False)
+        sampler = Sampler(wanted, [dataset(scene("oh no", "my train"))], tokenizer, {})
+        (step,) = sampler.epoch(1, [Task.EMOTION])
+        objective = Objective(packed.train(), sampler.answer_tokens, 0.0)
+        objective(step).sum().backward()
+        gradients.append([p.grad for p in packed.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:
+    turns = [{"text": "a", "label": "joy"}, {"text": "b", "label": "surprise"}, {"text": "c"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"utterances": turns}) + "\n")
+    (read,) = read_dataset(Source(str(path), "unified", written="meld")).scenes
+    assert [u.label for u in read.dialogue.utterances] == ["joyful", "powerful", None]
+    own = dict.fromkeys(label_set("meld").labels, "neutral") | {"surprise": None}
+    mapping = tmp_path / "own.json"
+    mapping.write_text(json.dumps({"meld": own}))
+    source = Source(str(path), "unified", written="meld", mapping=str(mapping))
+    (read,) = read_dataset(source).scenes
+    assert [u.label for u in read.dialogue.utterances] == ["neutral", None, None]
+    assert read.asked == [0]
+    for table, words in (
+        ({"meld": own | {"sad": "sleepy"}}, "'sad' of 'meld' is mapped to 'sleepy'"),
+        ({"meld": {"sad": "sad"}}, "lacks the label 'neutral'"),
+        ({}, "nothing for the label set 'meld'"),
+    ):
+        mapping.write_text(json.dumps(table))
+        with pytest.raises(UsageError, match=words):
+            read_dataset(source)
+
+
+def test_a_label_set_of_ones_own_is_a_file(tmp_path: Path) -> None:
+    path, labels = tmp_path / "d.jsonl", tmp_path / "moods.json"
+    path.write_text('{"utterances": [{"text": "a", "label": "calm"}]}\n')
+    labels.write_text('{"name": "moods", "labels": ["tense", "calm"]}')
+    read = read_dataset(Source(str(path), str(labels)))
+    assert read.labels.name == "moods"
+    assert read.scenes[0].targets[0] is not None
+    assert read.scenes[0].targets[0].tolist() == [0, 1]
+    labels.write_text("[]")
+    with pytest.raises(UsageError, match="a label set is a JSON object"):
+        read_dataset(Source(str(path), str(labels)))
+
+
+def test_a_fraction_is_taken_of_each_dataset_or_of_all_merged() -> None:
+    big, small = dataset(*[scene("a")] * 90), dataset(*[scene("b")] * 10)
+
+    def sizes(**values: Any) -> list[int]:
+        return [len(d.scenes) for d in share([big, small], recipe(**values))]
+
+    assert sizes() == [90, 10]
+    assert sizes(fraction=0.5) == [45, 5]
+    assert sizes(fraction=1 / 64) == [1, 1]
+    merged = [sizes(fraction=0.5, mix="total", seed=seed) for seed in range(9)]
+    assert {sum(size) for size in merged} == {50}
+    assert len({tuple(size) for size in merged}) > 1
+    said = [Utterance(str(n)) for n in range(40)]
+    scenes = [Scene(Dialogue((u,)), (np.eye(7, dtype=np.float32)[0],)) for u in said]
+    (one,), (same,), (other,) = (
+        share([dataset(*scenes)], recipe(fraction=0.25, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert one == same
+    assert one != other
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(bert: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in bert.iterdir():
+        if path.suffix != ".safetensors":
+            (base / path.name).write_bytes(path.read_bytes())
+    size = 10**12  # bytes, none of them on the disk
+    header = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    with (base / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    done = python("-m", "train", "fit", write_recipe(tmp_path, base), "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "too little memory" in done.stderr
+    assert "3725.3 GiB" in done.stderr
+
+
+def test_a_window_longer_than_the_base_reads_is_refused(bert: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, bert)
+    path.write_text(path.read_text().replace("max_tokens = 400", "max_tokens = 2000"))
+    done = python("-m", "train", "fit", path, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "window.max_tokens is 2000, but" in done.stderr
+    assert "reads at most 1024 tokens" in done.stderr
+
+
+def test_speakers_need_two_of_them(bert: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, bert)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"utterances": [{"text": "a", "label": "sad"}]}\n')
+    path.write_text(path.read_text().replace(str(CHAT), str(data)))
+    done = python("-m", "train", "fit", path, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "no question for the stage speaker" in done.stderr

@@ -1,0 +1,148 @@
+"""Labelled dialogues as a recipe names them: read, mapped, thinned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import InputError
+from ercbatch.labels import LabelSet, find_label_set
+from ercbatch.records import read_dialogues
+from train.recipe import Recipe, Source
+
+Target = npt.NDArray[np.float32]
+"""What an utterance should be answered with: a probability for each label [labels]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A dialogue and the target of each utterance, where it has one; labels are canonical."""
+
+    dialogue: Dialogue
+    targets: tuple[Target | None, ...]
+
+    @property
+    def asked(self) -> list[int]:
+        """The utterances that have a text and a target."""
+        return [t for t in self.said if self.targets[t] is not None]
+
+    @property
+    def said(self) -> list[int]:
+        """The utterances that have a text."""
+        return [t for t, u in enumerate(self.dialogue.utterances) if u.text.strip()]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Labelled dialogues of one label set."""
+
+    source: Source
+    labels: LabelSet
+    scenes: tuple[Scene, ...]
+
+    def first(self, count: int) -> Dataset:
+        """The dataset of its first dialogues."""
+        return replace(self, scenes=self.scenes[:count])
+
+
+def read_dataset(source: Source) -> Dataset:
+    """Read a dataset.
+
+    Raises:
+        InputError: a bad line, a label outside the set, missing scores, or no label at all.
+    """
+    labels, learnt = source.label_set(), source.learnt()
+    written = labels if learnt is None else find_label_set(source.written)
+    scenes = [
+        _scene(dialogue, labels, (written, learnt), source, f"{source.path}, line {line}")
+        for number, (line, dialogue) in enumerate(read_dialogues(Path(source.path)))
+        if not source.left_out(number)
+    ]
+    if not any(target is not None for scene in scenes for target in scene.targets):
+        raise InputError(
+            f"{source.path}: no utterance has a `label`: training needs labelled dialogues"
+        )
+    return Dataset(source, labels, tuple(scenes))
+
+
+_Written = tuple[LabelSet, Mapping[str, str | None] | None]
+"""The label set of a file, and what its labels are learnt as (None: as they are)."""
+
+
+def _scene(
+    dialogue: Dialogue, labels: LabelSet, file: _Written, source: Source, place: str
+) -> Scene:
+    written, learnt = file
+    record = dialogue.record
+    turns = record["utterances" if "utterances" in record else "messages"]
+    utterances, targets = [], []
+    for utterance, turn in zip(dialogue.utterances, turns, strict=True):
+        label = None
+        if utterance.label is not None and source.soft < 1:
+            label = written.canonical(utterance.label)
+            if label is None:
+                raise InputError(
+                    f"{place}: label {utterance.label!r} is not in the "
+                    f"label set {written.name}: {', '.join(written.labels)}"
+                )
+            label = label if learnt is None else learnt[label]
+        target = None if label is None else one_hot(labels.index(label), len(labels))
+        if source.soft and utterance.text.strip():
+            scores = _scores(turn.get("scores"), labels, place)
+            target = scores if target is None else source.soft * scores + (1 - source.soft) * target
+        utterances.append(replace(utterance, label=label))
+        targets.append(target)
+    return Scene(Dialogue(tuple(utterances), {}), tuple(targets))
+
+
+def one_hot(index: int, size: int) -> Target:
+    """The target that is sure of one answer."""
+    target: Target = np.eye(size, dtype=np.float32)[index]
+    return target
+
+
+def _scores(value: object, labels: LabelSet, place: str) -> Target:
+    if not isinstance(value, Mapping) or set(value) != set(labels.labels):
+        raise InputError(
+            f"{place}: an utterance has no `scores` over the label set {labels.name}: "
+            "run `python -m train teach` first"
+        )
+    return np.array([value[label] for label in labels.labels], dtype=np.float32)
+
+
+def without_overlap(dataset: Dataset, held_out: Sequence[Dataset], letters: int) -> Dataset:
+    """The dataset without the dialogues that share a line of that many letters with `held_out`."""
+    known = {line for d in held_out for s in d.scenes for line in _lines(s.dialogue, letters)}
+    kept = tuple(s for s in dataset.scenes if known.isdisjoint(_lines(s.dialogue, letters)))
+    return replace(dataset, scenes=kept)
+
+
+def _lines(dialogue: Dialogue, letters: int) -> set[str]:
+    lines = {"".join(filter(str.isalpha, u.text.casefold())) for u in dialogue.utterances}
+    return {line for line in lines if len(line) >= letters}
+
+
+def share(datasets: Sequence[Dataset], recipe: Recipe) -> list[Dataset]:
+    """The recipe's `fraction` of the datasets, at least one dialogue of each, seeded.
+
+    With `mix = "ratio"` each is sampled by it, with `"total"` all are merged and then sampled.
+    """
+    if recipe.fraction == 1:
+        return list(datasets)
+    random = np.random.default_rng([recipe.seed, 0])
+    sizes = [len(d.scenes) for d in datasets]
+    if recipe.mix == "total":
+        owners = np.repeat(np.arange(len(datasets)), sizes)
+        drawn = random.permutation(owners)[: round(recipe.fraction * len(owners))]
+        counts = np.bincount(drawn, minlength=len(datasets)).tolist()
+    else:
+        counts = [round(recipe.fraction * size) for size in sizes]
+    return [
+        replace(d, scenes=tuple(d.scenes[j] for j in random.permutation(size)[: max(1, count)]))
+        for d, size, count in zip(datasets, sizes, counts, strict=True)
+    ]

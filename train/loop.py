@@ -1,0 +1,393 @@
+"""The training loop: packed steps, an evaluation after each epoch, the best epoch kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.torch_model import PackedModel
+from train.average import Average
+from train.recipe import Recipe, Stage
+from train.samples import TASKS, Epoch, Sampler, Step
+
+_TOLD_EVERY = 15.0
+"""Seconds between two lines of progress."""
+
+Figures = Mapping[str, Mapping[str, float]]
+"""Name of a dataset -> its figures."""
+
+
+class DivergedError(ErcbatchError):
+    """The loss is no longer a number."""
+
+
+class Interrupted(ErcbatchError):
+    """Training was asked to stop; what it came to is saved."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True, slots=True)
+class EpochFigures:
+    """What one epoch came to.
+
+    `losses` maps the stage's tasks to their mean losses, `valid` validation datasets to their
+    figures, `train` training datasets to those on a sample of them.
+    """
+
+    epoch: int
+    stage: str
+    loss: float
+    losses: Mapping[str, float]
+    seconds: float
+    tokens: int
+    valid: Figures = field(default_factory=dict)
+    train: Figures = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """What the best epoch is chosen by: the mean weighted F1 over the validation datasets."""
+        return sum(f["weighted_f1"] for f in self.valid.values()) / max(1, len(self.valid))
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: finished epochs, and the epoch begun.
+
+    `sums` are the sums of the loss and of each task's loss over the `steps` done of it.
+    """
+
+    finished: list[EpochFigures] = field(default_factory=list)
+    steps: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * (1 + len(TASKS)))
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch begun, from 1."""
+        return len(self.finished) + 1
+
+    @property
+    def means(self) -> list[float]:
+        """The mean loss, and each task's, over the steps done."""
+        return [value / max(1, self.steps) for value in self.sums]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """Read what `to_json` gave."""
+        finished = [EpochFigures(**figures) for figures in value["finished"]]
+        return cls(**{**value, "finished": finished})
+
+
+class Objective(nn.Module):
+    """The losses of a step, as one module: what spreads a module over devices spreads it all."""
+
+    tokens: Tensor
+
+    def __init__(self, model: PackedModel, answer_tokens: Sequence[int], smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("tokens", torch.tensor(answer_tokens), persistent=False)
+        self._smoothing = smoothing
+
+    def forward(self, step: Step) -> Tensor:
+        """Losses [tasks]: the mean of -log P(answer) over each task's questions, 0 for none.
+
+        P is as the scorer computes it.
+        """
+        states = self.model(*step.batch)
+        logits = self.model.logits(states, self.tokens).float()
+        log_probabilities = logits.masked_fill(~step.options, -torch.inf).log_softmax(-1)
+        log_probabilities = log_probabilities.masked_fill(~step.options, 0.0)
+        losses = -(step.targets * log_probabilities).sum(-1)
+        if self._smoothing:
+            spread = -log_probabilities.sum(-1) / step.options.sum(-1)
+            losses = (1 - self._smoothing) * losses + self._smoothing * spread
+        weights = step.weights * (
+            step.tasks == torch.arange(len(TASKS), device=losses.device)[:, None]
+        )
+        return (weights * losses).sum(-1) / weights.sum(-1).clamp(min=1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls: all but `evaluate` (validation and training figures) in one process."""
+
+    evaluate: Callable[[], tuple[Figures, Figures]]
+    keep: Callable[[EpochFigures], None]
+    """Called with the weights in place whenever an epoch is the best so far."""
+    finished: Callable[[Sequence[EpochFigures]], None]
+    """Called after each epoch."""
+    save: Callable[[Mapping[str, Any]], None]
+    """Called with a state from which `Fitting` goes on."""
+    report: Callable[[str], None]
+    stopping: Callable[[], bool]
+    """Whether the run should stop after this step."""
+
+
+class Fitting:
+    """One run of a recipe, from its beginning or from a saved state."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        sampler: Sampler,
+        recipe: Recipe,
+        hooks: Hooks,
+        accelerator: Accelerator,
+        *,
+        save_every: float,
+    ) -> None:
+        self._recipe = recipe
+        self._sampler = sampler
+        self._hooks = hooks
+        self._accelerator = accelerator
+        self._save_every = save_every
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        objective = Objective(model, sampler.answer_tokens, recipe.label_smoothing)
+        self._objective: Any = accelerator.prepare(objective)
+        self._average = Average(self._trained, recipe.average) if recipe.average else None
+        self._optimizer: Any = None
+        self._progress = Progress()
+        self._saved = time.monotonic()
+
+    def run(self, state: Mapping[str, Any] | None = None) -> list[EpochFigures]:
+        """Train to the end; the figures of all epochs.
+
+        Raises:
+            DivergedError: the loss is no longer a number; what `keep` saved stands.
+            Interrupted: `stopping` said so; the state is saved.
+            UsageError: too little memory, or a stage without questions.
+        """
+        first = 1
+        for stage in self._recipe.stages:
+            last = first + stage.epochs - 1
+            if self._progress_in(state) <= last:
+                self._optimizer = self._accelerator.prepare(self._new_optimizer())
+                if state is not None:
+                    self._restore(state)
+                    state = None
+                while self._progress.epoch <= last:
+                    self._epoch(stage, first)
+            first = last + 1
+        return self.finished
+
+    @property
+    def finished(self) -> list[EpochFigures]:
+        """The figures of the epochs so far."""
+        return self._progress.finished
+
+    def _progress_in(self, state: Mapping[str, Any] | None) -> int:
+        return (
+            self._progress.epoch if state is None else Progress.from_json(state["progress"]).epoch
+        )
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        recipe = self._recipe
+        matrices = [p for p in self._trained if p.ndim > 1]
+        vectors = [p for p in self._trained if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        assert recipe.learning_rate is not None  # the recipe has filled it in
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            fused=True,
+        )
+
+    def _epoch(self, stage: Stage, first: int) -> None:
+        progress, accelerator = self._progress, self._accelerator
+        epoch = self._sampler.epoch(progress.epoch, stage.tasks)
+        if not len(epoch):
+            raise UsageError(
+                f"the recipe's data has no question for the stage {stage}: speaker questions need "
+                "dialogues of two speakers, impact questions a turn before; leave the task out"
+            )
+        workers = accelerator.num_processes
+        steps = -(-len(epoch) // workers)
+        weights = torch.tensor(
+            [stage.weights.get(task, 0.0) for task in TASKS], device=accelerator.device
+        )
+        self._objective.train()
+        if progress.epoch == first and not progress.steps:
+            self._rehearse(epoch, weights)
+        began = spoken = time.monotonic() - progress.seconds
+        while progress.steps < steps:
+            self._set_rate((progress.epoch - first) * steps + progress.steps, stage.epochs * steps)
+            step = epoch[(progress.steps * workers + accelerator.process_index) % len(epoch)]
+            self._step(step.to(accelerator.device), weights)
+            progress.seconds = time.monotonic() - began
+            if time.monotonic() - spoken > _TOLD_EVERY:
+                spoken = time.monotonic()
+                self._hooks.report(self._told(stage, first, steps))
+            stopping = self._stopping()
+            if stopping or time.monotonic() - self._saved > self._save_every:
+                self._save()
+            if stopping:
+                raise Interrupted(f"stopped in epoch {progress.epoch} after {progress.steps} steps")
+        self._save()
+        self._finish_epoch(stage)
+
+    def _step(self, step: Step, weights: Tensor) -> None:
+        accelerator, progress = self._accelerator, self._progress
+        with accelerator.autocast():
+            losses = self._objective(step)
+            loss = (losses * weights).sum()
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(self._trained, self._recipe.clip)
+        if not math.isfinite(loss.item()) or (norm is not None and not math.isfinite(float(norm))):
+            raise DivergedError(
+                f"the loss is {loss.item():.4g} and the gradient's norm {float(norm):.4g} in epoch "
+                f"{progress.epoch}, step {progress.steps + 1}: lower learning_rate"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._average is not None:
+            self._average.update()
+        for i, value in enumerate([loss, *losses]):
+            progress.sums[i] += value.item()
+        progress.tokens += step.batch.tokens.numel()
+        progress.steps += 1
+
+    def _rehearse(self, epoch: Epoch, weights: Tensor) -> None:
+        """The longest step, without consequences: memory that runs out does so here."""
+        device = self._accelerator.device
+        generators = _generators()
+        with self._accelerator.autocast():
+            loss = (self._objective(epoch[epoch.longest].to(device)) * weights).sum()
+        self._accelerator.backward(loss)
+        self._optimizer.zero_grad()
+        _set_generators(generators)
+
+    def _set_rate(self, step: int, steps: int) -> None:
+        """Warm up over the recipe's share of the stage's steps, then decay linearly to 0."""
+        warm = max(1, round(self._recipe.warmup * steps))
+        rate = min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        assert self._recipe.learning_rate is not None  # the recipe has filled it in
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._recipe.learning_rate * min(1.0, rate)
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop: they all must, or the others would wait for it."""
+        mine = self._hooks.stopping()
+        if self._accelerator.num_processes == 1:
+            return mine
+        asked = torch.tensor([float(mine)], device=self._accelerator.device)
+        return bool(self._accelerator.reduce(asked, "sum").item())
+
+    def _finish_epoch(self, stage: Stage) -> None:
+        progress, hooks = self._progress, self._hooks
+        self._objective.eval()
+        loss, *losses = progress.means
+        figures = EpochFigures(
+            progress.epoch,
+            str(stage),
+            loss,
+            {task.value: losses[TASKS.index(task)] for task in stage.tasks},
+            progress.seconds,
+            progress.tokens,
+        )
+        with self._average.applied() if self._average is not None else nullcontext():
+            if self._accelerator.is_main_process:
+                if "emotion" in figures.losses:
+                    valid, train = hooks.evaluate()
+                    figures = replace(figures, valid=valid, train=train)
+                rivals = [f for f in progress.finished if f.stage == figures.stage and f.valid]
+                if figures.score >= max((f.score for f in rivals), default=0.0):
+                    hooks.keep(figures)
+        self._progress = Progress([*progress.finished, figures])
+        if self._accelerator.is_main_process:
+            hooks.finished(self._progress.finished)
+            hooks.report(_summary(figures, sum(s.epochs for s in self._recipe.stages)))
+        self._accelerator.wait_for_everyone()
+        self._save()
+
+    def _told(self, stage: Stage, first: int, steps: int) -> str:
+        progress = self._progress
+        mean, *means = progress.means
+        tasks = ", ".join(f"{t.value} {means[TASKS.index(t)]:.3f}" for t in stage.tasks)
+        speed = progress.tokens * self._accelerator.num_processes / progress.seconds
+        left = (
+            progress.seconds
+            / progress.steps
+            * (steps * (first + stage.epochs - progress.epoch) - progress.steps)
+        )
+        epochs = sum(s.epochs for s in self._recipe.stages)
+        return (
+            f"epoch {progress.epoch}/{epochs}, step {progress.steps}/{steps}: loss {mean:.3f} "
+            f"({tasks}), {speed:,.0f} tokens/s, {left / 60:,.0f} min left of {stage}"
+        )
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        if not self._accelerator.is_main_process:
+            return
+        average = self._average
+        self._hooks.save(
+            {
+                "progress": self._progress.to_json(),
+                "weights": [p.detach() for p in self._trained],
+                "optimizer": self._optimizer.state_dict(),
+                "average": None if average is None else average.weights,
+                "updates": 0 if average is None else average.updates,
+                "generators": _generators(),
+            }
+        )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._progress = Progress.from_json(state["progress"])
+        with torch.no_grad():
+            for p, value in zip(self._trained, state["weights"], strict=True):
+                p.copy_(value)
+            if self._average is not None:
+                for own, value in zip(self._average.weights, state["average"], strict=True):
+                    own.copy_(value)
+                self._average.updates = state["updates"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        _set_generators(state["generators"])
+
+
+def _generators() -> list[Tensor]:
+    """The states of torch's random generators: the CPU's, then each GPU's."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def _set_generators(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
+def told(figures: Figures) -> str:
+    """Figures in words."""
+    return "; ".join(
+        f"{name}: weighted F1 {100 * f['weighted_f1']:.2f}, macro {100 * f['macro_f1']:.2f}, "
+        f"log loss {f['log_loss']:.3f}"
+        for name, f in figures.items()
+    )
+
+
+def _summary(figures: EpochFigures, epochs: int) -> str:
+    parts = [f"epoch {figures.epoch}/{epochs}: loss {figures.loss:.4f} in {figures.seconds:.0f} s"]
+    if figures.valid:
+        parts.append(told(figures.valid))
+    if figures.train:
+        parts.append(f"training data: {told(figures.train)}")
+    return "; ".join(parts)

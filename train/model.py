@@ -1,0 +1,103 @@
+"""The model that a recipe trains: its base, as it is loaded, and what of it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+
+from ercbatch.errors import MissingExtraError, UsageError
+from ercbatch.tokens import SegmentTokenizer
+from ercbatch.torch_model import PackedModel, load_causal_lm
+from train.adapter import add_lora
+from train.dropout import dropout_settings
+from train.recipe import Recipe
+
+_GIB = 2**30
+
+
+def load_trainable(
+    recipe: Recipe, device: torch.device, *, bfloat16: bool
+) -> tuple[PackedModel, Any, SegmentTokenizer]:
+    """(model, peft model that saves the adapter or None, tokenizer).
+
+    Raises:
+        UsageError: not a causal language model, or LoRA targets that match nothing.
+        MissingExtraError: bitsandbytes is asked for and missing.
+    """
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", **dropout_settings(recipe)}
+    frozen = recipe.method == "lora"
+    if recipe.load != "full":
+        settings |= {"quantization_config": _quantization(recipe), "device_map": {"": device}}
+    elif frozen and bfloat16 and device.type == "cuda":
+        settings["dtype"] = torch.bfloat16  # weights that are not trained lose nothing by it here
+    model, tokenizer = load_causal_lm(recipe.base, **settings)
+    if recipe.load != "full":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packed = PackedModel(model)
+    limit = packed.longest_prompt
+    if limit is not None and recipe.window.max_tokens > limit:
+        raise UsageError(
+            f"recipe: window.max_tokens is {recipe.window.max_tokens}, but {recipe.base} reads at "
+            f"most {limit} tokens: lower it"
+        )
+    torch.manual_seed(recipe.seed)  # before the adapters: their weights are drawn too
+    return packed, add_lora(packed, recipe) if frozen else None, tokenizer
+
+
+def _quantization(recipe: Recipe) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install 'ercbatch[bnb]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if recipe.load == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def check_memory(recipe: Recipe) -> None:
+    """See, before anything is loaded, that the weights and what AdamW keeps of them fit.
+
+    A base on the hub is not measured: it isn't here yet.
+
+    Raises:
+        UsageError: they don't.
+    """
+    if recipe.load != "full" or not Path(recipe.base).is_dir():
+        return
+    cuda = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    # float32 weights; where they are trained, their gradient and AdamW's two moments beside them.
+    width = 16 if recipe.method == "full" else 2 if cuda else 4
+    need = width * sum(_sizes(Path(recipe.base)))
+    if need > free:
+        raise UsageError(
+            f"too little memory: {recipe.base} takes {need / _GIB:.1f} GiB with method "
+            f"{recipe.method!r}, and {free / _GIB:.1f} GiB are free: take "
+            f"{'LoRA' if recipe.method == 'full' else 'load nf4, or a smaller base'}"
+        )
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118  # it has no __iter__
+                yield math.prod(file.get_slice(name).get_shape())
