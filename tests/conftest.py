@@ -107,11 +107,11 @@ def write_model(folder: Path, kind: str) -> Path:
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=size,
-                hidden_size=32,
+                hidden_size=64,  # at least a block of NF4
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                intermediate_size=64,
+                intermediate_size=128,
                 initializer_range=0.3,
             )
         )

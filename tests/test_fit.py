@@ -29,8 +29,10 @@ from train.loop import Objective
 from train.recipe import Recipe, Source
 from train.run import load_run
 from train.samples import TASKS, Sampler
+from train.validate import Validation
 
 CHAT = EXAMPLES / "labelled_chat.jsonl"
+CHAT_DATA = Source(str(CHAT), "meld")
 
 
 def write_recipe(folder: Path, base: Path, **values: Any) -> Path:
@@ -230,6 +232,25 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
         gradients.append([p.grad for p in packed.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("load", ["nf4", "int8"])
+def test_adapters_train_on_a_quantized_base(load: str, tmp_path: Path) -> None:
+    base, run = write_model(tmp_path / "base", "llama"), tmp_path / "run"
+    path = write_recipe(tmp_path, base, tasks=["emotion"], epochs=4)
+    done = python("-m", "train", "fit", path, "-o", run, "--load", load)
+    assert done.returncode == 0, done.stderr
+    losses = [epoch["loss"] for epoch in figures(run)]
+    assert losses[-1] < losses[0]
+    # Merged, the adapter gives what it gave in training, up to the arithmetic of few bits.
+    merged = load_run(run)
+    found = Validation(merged.model, merged.tokenizer, merged.recipe, [read_dataset(CHAT_DATA)])
+    kept = json.loads((run / "run.json").read_text())["kept"]
+    valid = figures(run)[kept - 1]["valid"]["meld"]
+    assert found.figures()["meld"]["log_loss"] == pytest.approx(valid["log_loss"], abs=0.05)
+    done = python("-m", "train", "fit", path, "-o", run, "--force", "--load", load, "--full")
+    assert done.returncode == 2
+    assert "is for LoRA" in done.stderr
 
 
 def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def load_trainable(
     settings: dict[str, Any] = {"attn_implementation": "sdpa", **dropout_settings(recipe)}
     frozen = recipe.method == "lora"
     if recipe.load != "full":
-        settings |= {"quantization_config": _quantization(recipe), "device_map": {"": device}}
+        settings |= {"quantization_config": quantization(recipe), "device_map": {"": device}}
     elif frozen and bfloat16 and device.type == "cuda":
         settings["dtype"] = torch.bfloat16  # weights that are not trained lose nothing by it here
     model, tokenizer = load_causal_lm(recipe.base, **settings)
@@ -54,7 +54,12 @@ def load_trainable(
     return packed, add_lora(packed, recipe) if frozen else None, tokenizer
 
 
-def _quantization(recipe: Recipe) -> Any:
+def quantization(recipe: Recipe) -> Any:
+    """How transformers should load the recipe's base through bitsandbytes.
+
+    Raises:
+        MissingExtraError: it isn't installed.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

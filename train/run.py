@@ -18,6 +18,7 @@ from ercbatch.errors import UsageError
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Window
+from train.model import quantization
 from train.recipe import Recipe, Source, recipe_from
 
 DESCRIPTION = "run.json"
@@ -50,11 +51,16 @@ def load_run(folder: Path, *, attention: str = "sdpa") -> TrainedRun:
         raise UsageError(
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
         ) from error
-    settings = {"attn_implementation": attention}
+    settings: dict[str, Any] = {"attn_implementation": attention}
     if recipe.method == "full":
         model, _ = load_causal_lm(str(folder / MODEL), **settings)
     else:
+        if recipe.load != "full":
+            settings["quantization_config"] = quantization(recipe)
         model, _ = load_causal_lm(recipe.base, **settings)
+        if recipe.load != "full":
+            # The adapter was fitted to the rounded weights: on others it would be off by as much.
+            model = model.dequantize()
         model = PeftModel.from_pretrained(model, folder / ADAPTER).merge_and_unload()
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
     return TrainedRun(recipe, data, PackedModel(model.float().eval()), tokenizer)
