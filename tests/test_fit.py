@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import EXAMPLES, ROOT, python, write_model
 from safetensors.torch import load_file
 
@@ -25,7 +27,8 @@ from ercbatch.labels import label_set
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Task
 from train.datasets import Dataset, Scene, one_hot, read_dataset, share
-from train.loop import Objective
+from train.loop import Fitting, Hooks, Objective
+from train.model import load_trainable
 from train.recipe import Recipe, Source
 from train.run import load_run
 from train.samples import TASKS, Sampler
@@ -188,6 +191,43 @@ def test_a_killed_run_goes_on_to_the_same_figures(bert: Path, tmp_path: Path) ->
     assert "nothing to resume" in again.stderr
 
 
+def test_any_saved_state_leads_to_the_same_end(bert: Path) -> None:
+    """Also the one between two stages, whose optimizer the next stage must not take over."""
+    wanted = dataclasses.replace(recipe(), base=str(bert), epochs=2, speaker_epochs=2, average=0.5)
+    wanted = dataclasses.replace(wanted, learning_rate=1e-2, packs_per_step=1, pack_tokens=64)
+    data = dataset(scene("oh no", "my train"), scene("yes", "it is gone", "thank you"))
+
+    def end(state: Any, states: list[bytes]) -> list[torch.Tensor]:
+        packed, _, tokenizer = load_trainable(wanted, torch.device("cpu"), bfloat16=False)
+
+        def save(state: Any) -> None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            states.append(buffer.getvalue())
+
+        hooks = Hooks(
+            evaluate=lambda: ({}, {}),
+            keep=lambda figures: None,
+            finished=lambda epochs: None,
+            save=save,
+            report=lambda text: None,
+            stopping=lambda: False,
+        )
+        sampler = Sampler(wanted, [data], tokenizer, {})
+        Fitting(packed, sampler, wanted, hooks, Accelerator(cpu=True), save_every=0).run(state)
+        return [p.detach() for p in packed.parameters() if p.requires_grad]
+
+    states: list[bytes] = []
+    whole = end(None, states)
+    finished = set()
+    for saved in states:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        finished.add(len(state["progress"]["finished"]))
+        again = end(state, [])
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert finished == {0, 1, 2, 3, 4}
+
+
 def test_a_loss_that_is_no_number_stops_with_good_weights(bert: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = write_recipe(tmp_path, bert, learning_rate=1e30, clip=1e30, warmup=0.0, epochs=9)
@@ -218,8 +258,6 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
     base = write_model(tmp_path, kind)
     gradients = []
     for checkpointing in (False, True):
-        from train.model import load_trainable
-
         wanted = dataclasses.replace(
             recipe(), base=str(base), gradient_checkpointing=checkpointing, lora_dropout=0.0
         )

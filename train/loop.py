@@ -173,14 +173,17 @@ class Fitting:
             Interrupted: `stopping` said so; the state is saved.
             UsageError: too little memory, or a stage without questions.
         """
+        if state is not None:
+            self._restore(state)
         first = 1
         for stage in self._recipe.stages:
             last = first + stage.epochs - 1
-            if self._progress_in(state) <= last:
+            if self._progress.epoch <= last:
                 self._optimizer = self._accelerator.prepare(self._new_optimizer())
-                if state is not None:
-                    self._restore(state)
-                    state = None
+                # A state between two stages has the optimizer of the one that is over.
+                if state is not None and (self._progress.epoch > first or self._progress.steps):
+                    self._optimizer.load_state_dict(state["optimizer"])
+                state = None
                 while self._progress.epoch <= last:
                     self._epoch(stage, first)
             first = last + 1
@@ -190,11 +193,6 @@ class Fitting:
     def finished(self) -> list[EpochFigures]:
         """The figures of the epochs so far."""
         return self._progress.finished
-
-    def _progress_in(self, state: Mapping[str, Any] | None) -> int:
-        return (
-            self._progress.epoch if state is None else Progress.from_json(state["progress"]).epoch
-        )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         recipe = self._recipe
@@ -261,8 +259,8 @@ class Fitting:
         self._optimizer.zero_grad()
         if self._average is not None:
             self._average.update()
-        for i, value in enumerate([loss, *losses]):
-            progress.sums[i] += value.item()
+        sums = zip(progress.sums, [loss.item(), *losses.tolist()], strict=True)
+        progress.sums = [before + value for before, value in sums]
         progress.tokens += step.batch.tokens.numel()
         progress.steps += 1
 
@@ -360,7 +358,6 @@ class Fitting:
                 for own, value in zip(self._average.weights, state["average"], strict=True):
                     own.copy_(value)
                 self._average.updates = state["updates"]
-        self._optimizer.load_state_dict(state["optimizer"])
         _set_generators(state["generators"])
 
 
