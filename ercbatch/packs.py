@@ -27,34 +27,17 @@ class Pack:
         return len(self.tokens)
 
 
-ALIGNMENT = 32
-"""Trees start at multiples of this many tokens in a pack.
-
-Vector units add up a row in lanes. Were a tree to start in another lane when its neighbours
-change, the sums of its softmax would be rounded otherwise, and int8 turns the last bit of an
-activation that lies between two steps into a whole step.
-"""
-
-
-def aligned(length: int) -> int:
-    """The room that a tree of this length takes in a pack."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
-
-
 def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
-    """One pack of (owner, tree) pairs. Padding between trees is seen by nothing but itself."""
-    length = sum(aligned(len(tree)) for _, tree in trees)
-    tokens = np.zeros(length, dtype=np.int32)
-    positions = np.zeros(length, dtype=np.int32)
-    ends = np.arange(1, length + 1, dtype=np.int32)
+    """One pack of (owner, tree) pairs."""
+    tokens = np.concatenate([tree.tokens for _, tree in trees])
+    positions = np.concatenate([tree.positions for _, tree in trees])
+    ends = np.empty_like(tokens)
     reads: list[tuple[int, int, Read]] = []
     offset = 0
     for owner, tree in trees:
-        place = slice(offset, offset + len(tree))
-        tokens[place], positions[place] = tree.tokens, tree.positions
-        ends[place] = tree.ends + np.int32(offset)
+        ends[offset : offset + len(tree)] = tree.ends + np.int32(offset)
         reads += [(offset + index, owner, read) for index, read in tree.reads]
-        offset += aligned(len(tree))
+        offset += len(tree)
     return Pack(tokens, positions, ends, tuple(reads))
 
 
@@ -62,7 +45,7 @@ def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
     """One pack of (owner, tree) pairs that begin with the same `shared` tokens, laid out once.
 
     The rest of each tree hangs on the last of them: a tree of trees, in which every answer sees
-    what it saw in its own. Fewer tokens than `join`, but no alignment: for training.
+    what it saw in its own. For training.
     """
     first = trees[0][1]
     rests = [(owner, tree, len(tree) - shared) for owner, tree in trees]
@@ -95,9 +78,9 @@ class Packer:
 
     def add(self, owner: int, tree: Tree) -> Pack | None:
         """Take a tree; the pack that it no longer fitted into, if it filled one."""
-        full = self.rest() if self._used + aligned(len(tree)) > self._length else None
+        full = self.rest() if self._used + len(tree) > self._length else None
         self._waiting.append((owner, tree))
-        self._used += aligned(len(tree))
+        self._used += len(tree)
         return full
 
     def rest(self) -> Pack | None:

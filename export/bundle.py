@@ -26,6 +26,7 @@ from ercbatch.prompts import template
 from ercbatch.scoring import calibrated
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
+from export.attention import sum_softmax_in_double
 from export.model import export_scorer
 from export.quantize import quantize_graph
 from train.datasets import read_dataset
@@ -73,6 +74,7 @@ def export_bundle(
     graph = export_scorer(model)
     if options.quantize == "int8":
         quantize_graph(graph, samples=_samples(renderers[sets[0].name], recipe.train[0]))
+        sum_softmax_in_double(graph)
     lines: list[str] = []
 
     def fill(part: Path) -> BundleInfo:

@@ -84,8 +84,13 @@ def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    run = json.loads((work / "student" / "run.json").read_text())
-    assert len(run["epochs"]) == run["recipe"]["epochs"]
+    for name in ("student", "longer"):
+        run = json.loads((work / name / "run.json").read_text())
+        assert len(run["epochs"]) == run["recipe"]["epochs"]
+    assert json.loads((work / "averaged" / "run.json").read_text())["averaged"] == [
+        *["longer"] * 3,
+        "student",
+    ]
     said = cli("bundle", "verify", work / "mini")
     assert said.returncode == 0, said.stderr
     said = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", f"{work}/mini/", "--quiet")

