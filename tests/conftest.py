@@ -149,7 +149,8 @@ def write_gguf(path: Path, checkpoint: Path) -> Path:
     writer.add_head_count(heads["attn_q"])
     writer.add_head_count_kv(heads["attn_k"])
     writer.add_rope_dimension_count(config.hidden_size // heads["attn_q"])
-    writer.add_rope_freq_base(config.rope_theta)
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    writer.add_rope_freq_base(rope["rope_theta"])  # the first form is transformers 5's
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
