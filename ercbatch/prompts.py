@@ -121,6 +121,7 @@ class PaperTemplate(Template):
     version = 1
 
     _INSTRUCTION = "Now you are expert of sentiment and emotional analysis. "
+    _ask: ClassVar[str] = " ### Please select the emotional label of < "
 
     def head(self, labels: Sequence[str]) -> list[Piece]:
         frame = "The following conversation noted between '### ###' involves several speakers. ### "
@@ -138,14 +139,11 @@ class PaperTemplate(Template):
         *,
         later: bool,
     ) -> list[Piece]:
-        ask = Text(f' ### Please select the emotional label of < Speaker_{speaker}:"')
-        return [ask, *self._statement(text, labels, demonstrations)]
-
-    def _statement(
-        self, text: str, labels: Sequence[str], demonstrations: Sequence[tuple[str, str]]
-    ) -> list[Piece]:
-        """The rest of a label statement, from what was said on."""
-        pieces: list[Piece] = [Content(text), Text(f'"> from <{", ".join(labels)}>:')]
+        pieces: list[Piece] = [
+            Text(f'{self._ask}Speaker_{speaker}:"'),
+            Content(text),
+            Text(f'"> from <{", ".join(labels)}>:'),
+        ]
         for said, label in demonstrations:
             pieces += [Text(' < "'), Content(said), Text(f'">: {label}\n')]
         return [*pieces, Control.ANSWER]
@@ -183,22 +181,13 @@ class PlainTemplate(PaperTemplate):
     name = "plain"
     version = 1
 
+    _ask = ""
+
     def head(self, labels: Sequence[str]) -> list[Piece]:
         return [Control.START, Text("Please select the emotional label of < ")]
 
     def turn(self, speaker: int, text: str) -> list[Piece]:
         return []
-
-    def emotion(
-        self,
-        speaker: int,
-        text: str,
-        labels: Sequence[str],
-        demonstrations: Sequence[tuple[str, str]],
-        *,
-        later: bool,
-    ) -> list[Piece]:
-        return [Text(f'Speaker_{speaker}:"'), *self._statement(text, labels, demonstrations)]
 
 
 class CompactTemplate(Template):
