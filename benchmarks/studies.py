@@ -56,12 +56,12 @@ def window(recipe: Recipe) -> Variants:
 
 
 def lora_vs_full(recipe: Recipe) -> Variants:
-    """Adapters against all parameters, each at the paper's learning rate."""
-    recipe = replace(recipe, train_sample=_TRAIN_SAMPLE)
-    return {
-        "LoRA": replace(recipe, method="lora", learning_rate=None),
-        "full": replace(recipe, method="full", load="full", learning_rate=None),
-    }
+    """Adapters at the recipe's learning rate, all parameters at a tenth of it, as in the paper."""
+    recipe = replace(recipe, method="lora", train_sample=_TRAIN_SAMPLE)
+    assert recipe.learning_rate is not None  # the recipe has filled it in
+    tenth = recipe.learning_rate / 10
+    full = replace(recipe, method="full", load="full", learning_rate=tenth)
+    return {"LoRA": recipe, "full": full}
 
 
 def scaling(recipe: Recipe) -> Variants:

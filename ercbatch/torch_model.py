@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from ercbatch.answers import AnswerHead
 from ercbatch.errors import UsageError
-from ercbatch.packs import Pack
+from ercbatch.masks import Masks
+from ercbatch.packs import Pack, join
 from ercbatch.tokens import SegmentTokenizer, control_tokens
+from ercbatch.tree import Segment, lay_out
 
 
 def check_config(source: str) -> None:
@@ -128,17 +129,14 @@ class PackedModel(nn.Module):
         if self.head is None:
             raise ValueError("the model has no output embedding: it is not a causal language model")
         model.set_output_embeddings(self.tap)
-        config = model.config
-        self._bert = config.model_type == "bert"
-        # Before transformers 5 BERT's decoder takes a [batch, query, key] mask of zeros and ones;
-        # all else takes a [batch, 1, query, key] one in the form of its attention implementation.
-        self._flat_mask = self._bert and int(version("transformers").split(".")[0]) < 5
-        self._additive = config._attn_implementation == "eager"
+        self._masks = Masks(model)
+        self._bert = model.config.model_type == "bert"
 
     @property
     def longest_prompt(self) -> int | None:
         """How many tokens the model can read, where it has a limit."""
-        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        limit: int | None = getattr(config, "max_position_embeddings", None)
         return limit
 
     @contextmanager
@@ -152,30 +150,59 @@ class PackedModel(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, ends: Tensor, reads: Tensor) -> Tensor:
         """Hidden states [reads, hidden]: what the output embedding is multiplied with."""
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        sees = (index[None, None, :] <= index[None, :, None]) & (
-            index[None, :, None] < ends[:, None, :]
-        )
-        mask = sees.to(torch.float32) if self._flat_mask else sees[:, None]
-        if self._additive and not self._flat_mask:
-            dtype = self.model.get_input_embeddings().weight.dtype
-            mask = (~mask).to(dtype) * torch.finfo(dtype).min
         # BERT's own table of token types is as long as its positions; a pack may be longer.
         types = {"token_type_ids": torch.zeros_like(tokens)} if self._bert else {}
         self.model(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=self._masks(positions, ends),
             use_cache=False,
             **types,
         )
         states = self.tap.states
         return states.reshape(-1, states.shape[-1])[reads]
 
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """See that two branches in a pack are computed as each is alone, on a few tokens.
+
+        Raises:
+            UsageError: they aren't: the model is recurrent, say, or places tokens its own way.
+        """
+        embedding = self.model.get_input_embeddings().weight
+        stem, *branches = (
+            [(37 * i + 11) % embedding.shape[0] for i in numbers]
+            for numbers in (range(10), range(10, 14), range(14, 20))
+        )
+        tree = lay_out(Segment(stem, [(len(stem) - 1, Segment(branch)) for branch in branches]))
+        batch = Batch(*(t.to(embedding.device) for t in collate([join([(0, tree)])])))
+        # Half precision, or a quantized base, rounds; another token seen is far more.
+        rounds = embedding.dtype != torch.float32 or hasattr(self.model, "hf_quantizer")
+        allowed = 0.1 if rounds else 1e-3
+        training = self.model.training
+        self.model.eval()
+        try:
+            last = torch.tensor([len(stem) + 3, len(tree) - 1], device=embedding.device)
+            states = self(*batch._replace(reads=last))
+            for branch, state in zip(branches, states, strict=True):
+                alone = torch.tensor([stem + branch], device=embedding.device)
+                self.model(input_ids=alone, use_cache=False)
+                expected = self.tap.states[0, -1]
+                if not (state - expected).norm() <= allowed * expected.norm():
+                    raise ValueError("a prompt packed with others is not what it is alone")
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise UsageError(
+                f"a {self.model.config.model_type} model cannot be run over packs ({error}): take "
+                "a base whose attention follows a mask and positions, such as Llama, Qwen, "
+                "Mistral, Gemma, Phi, GPT-NeoX or BLOOM"
+            ) from error
+        finally:
+            self.model.train(training)
+
     def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Logits [reads, tokens] of those vocabulary ids."""
         bias = None if self.head.bias is None else self.head.bias[tokens]
-        scale, softcap = logit_transform(self.model.config)
+        scale, softcap = logit_transform(self.model.config.get_text_config())
         logits = nn.functional.linear(states, self.head.weight[tokens].to(states.dtype), bias)
         logits = logits * scale
         return torch.tanh(logits / softcap) * softcap if softcap else logits
@@ -187,7 +214,7 @@ class PackedModel(nn.Module):
         bias = np.zeros(len(ids), dtype=np.float32)
         if self.head.bias is not None:
             bias = self.head.bias.detach()[ids].float().cpu().numpy()
-        scale, softcap = logit_transform(self.model.config)
+        scale, softcap = logit_transform(self.model.config.get_text_config())
         return AnswerHead(np.array(ids, dtype=np.int64), weight, bias, scale, softcap)
 
 

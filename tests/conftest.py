@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+CHAT = EXAMPLES / "labelled_chat.jsonl"
 WORDS = """
 emotions speakers emotion next speaker of like neutral surprise fear sad joyful disgust angry mad
 peaceful powerful scared the a i you we it is was not my your door train parcel fridge where what
@@ -75,59 +77,69 @@ def write_tokenizer(folder: Path, kind: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
+SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "bert": {"is_decoder": True},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 20},
+    "gpt2": {"n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+    # At least a block of NF4 wide.
+    "llama": {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128},
+    "mamba": {"state_size": 4},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 8},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "phi": {},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+}
+"""Tiny models: transformers' name of each architecture, and what sets it apart from `SIZES`."""
+
+
 def write_model(folder: Path, kind: str) -> Path:
     """A tiny causal language model with random weights, as a checkpoint folder."""
     import torch
-    from transformers import (
-        BertConfig,
-        BertLMHeadModel,
-        GPTNeoXConfig,
-        GPTNeoXForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     write_tokenizer(folder, "bert" if kind == "bert" else "bpe")
-    size = 600
-    if kind == "bert":
-        model = BertLMHeadModel(
-            BertConfig(
-                vocab_size=size,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=64,
-                max_position_embeddings=1024,
-                is_decoder=True,
-                initializer_range=0.3,
-            )
-        )
-    elif kind == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size,
-                hidden_size=64,  # at least a block of NF4
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=128,
-                initializer_range=0.3,
-            )
-        )
-    else:
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=size,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=64,
-                initializer_range=0.3,
-            )
-        )
-    model.save_pretrained(folder)
+    # Where an architecture has a name of its own for a size, transformers translates only one way.
+    own = ARCHITECTURES[kind]
+    sizes = SIZES if "n_layer" not in own else {k: SIZES[k] for k in ("vocab_size", "hidden_size")}
+    config = AutoConfig.for_model(kind, **{**sizes, "initializer_range": 0.3, **own})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def write_recipe(folder: Path, base: Path, **values: Any) -> Path:
+    """A small recipe for the labelled example."""
+    settings = {
+        "base": str(base),
+        "template": "compact",
+        "learning_rate": 1e-2,
+        "epochs": 1,
+        "speaker_epochs": 1,
+        "pack_tokens": 128,
+        "packs_per_step": 2,
+        **values,
+    }
+    window = "turns = 3\nstride = 2\nmax_tokens = 400\nmax_utterance_tokens = 60"
+    table = f"path = {json.dumps(str(CHAT))}\nlabels = 'meld'"
+    path = folder / "recipe.toml"
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    path.write_text(f"{lines}\n[window]\n{window}\n[[train]]\n{table}\n[[valid]]\n{table}\n")
+    return path
 
 
 def write_gguf(path: Path, checkpoint: Path) -> Path:
@@ -209,7 +221,7 @@ def write_sentence_encoder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["bert", "llama", "neox"])
+@pytest.fixture(scope="session", params=["bert", "llama", "gpt_neox"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of each architecture."""
     return write_model(tmp_path_factory.mktemp("model"), request.param)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -90,28 +89,6 @@ def check_against_separate_prompts(
         answered.add((read.question, read.choice))
     expected = {(q, c) for q in asked for c in range(len(renderer.answers(q, dialogue).choices))}
     assert answered == expected
-
-
-def test_a_packed_model_gives_the_logits_of_separate_prompts(checkpoint: Path) -> None:
-    model, tokenizer = load_causal_lm(str(checkpoint), attn_implementation="sdpa")
-    packed_model = PackedModel(model.eval())
-    turns = [Utterance(f"it is {n} , not my door !", "AB"[n % 2]) for n in range(9)]
-    dialogue = Dialogue(tuple(turns))
-    for window in (Window(3, 2), Window(2, 3, future=2)):
-        renderer = Renderer(tokenizer, template("compact"), window, LABELS)
-        asked = questions(dialogue, (("where is it", "sad"),))
-        trees = list(enumerate(renderer.trees(dialogue, asked)))
-        # Two packs of unequal length side by side: padding must not show either.
-        packs = [join(trees[:1] * 2), join(trees)]
-        with torch.no_grad():
-            states = packed_model(*collate(packs))
-            reads = [read for p in packs for _, _, read in p.reads]
-            for state, read in zip(states, reads, strict=True):
-                ids = renderer.separate_prompt(dialogue, read.question, read.choice)
-                with packed_model.whole() as plain:
-                    alone = plain(input_ids=torch.tensor([ids])).logits[0, -1]
-                ours = packed_model.logits(state[None], torch.arange(len(alone)))[0]
-                np.testing.assert_allclose(ours, alone, atol=1e-4)
 
 
 def test_a_later_turn_never_reaches_an_earlier_answer(checkpoint: Path) -> None:

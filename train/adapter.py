@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from ercbatch.errors import UsageError
 from ercbatch.torch_model import PackedModel
@@ -37,6 +38,7 @@ def attention_projections(model: Any) -> tuple[str, ...]:
 
 def add_lora(packed: PackedModel, recipe: Recipe) -> Any:
     """Freeze the model and give it LoRA adapters, in place; the peft model that saves them."""
+    packed.requires_grad_(False)  # the output embedding too, which peft does not see
     targets = recipe.lora_targets or attention_projections(packed.model)
     config = LoraConfig(
         r=recipe.lora_rank,
@@ -44,6 +46,7 @@ def add_lora(packed: PackedModel, recipe: Recipe) -> Any:
         lora_dropout=recipe.lora_dropout,
         bias="none",
         target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in packed.model.modules()),
     )
     try:
         return get_peft_model(packed.model, config)

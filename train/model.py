@@ -30,7 +30,7 @@ def load_trainable(
         UsageError: not a causal language model, or LoRA targets that match nothing.
         MissingExtraError: bitsandbytes is asked for and missing.
     """
-    settings: dict[str, Any] = {"attn_implementation": "sdpa", **dropout_settings(recipe)}
+    settings: dict[str, Any] = dropout_settings(recipe)
     frozen = recipe.method == "lora"
     if recipe.load != "full":
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": device}}
@@ -44,6 +44,7 @@ def load_trainable(
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packed = PackedModel(model)
+    packed.check_packing()
     limit = packed.longest_prompt
     if limit is not None and recipe.window.max_tokens > limit:
         raise UsageError(

@@ -35,7 +35,7 @@ class TrainedRun:
     tokenizer: SegmentTokenizer
 
 
-def load_run(folder: Path, *, attention: str = "sdpa") -> TrainedRun:
+def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
     """Read a run folder; `attention` is the implementation that transformers should use.
 
     Raises:
@@ -76,6 +76,7 @@ def untrained_run(base: str, source: Source, wording: str, *, attention: str) ->
     """
     model, tokenizer = load_causal_lm(base, attn_implementation=attention)
     packed = PackedModel(model.float().eval())
+    packed.check_packing()
     window = Window()
     tokens = min(window.max_tokens, packed.longest_prompt or window.max_tokens)
     recipe = Recipe(
