@@ -34,15 +34,19 @@ _TRAIN_SAMPLE = 100
 
 
 def ablation(recipe: Recipe) -> Variants:
-    """Each auxiliary task alone, both, none; without demonstrations; the plain prompt."""
-    with_demos = _demonstrated(recipe, 1)
+    """Each auxiliary task alone, both, none; demonstrations or none; of the gold label or any; the
+    plain prompt."""
+    shown = recipe.demonstrations_shown
+    other_rule = replace(recipe, same_label=not recipe.same_label)
     return {
-        "InstructERC": with_demos,
-        "without impact": replace(with_demos, tasks=("speaker", "emotion")),
-        "without speaker": replace(with_demos, tasks=("emotion", "impact")),
-        "without both": replace(with_demos, tasks=("emotion",)),
-        "without demonstrations": _demonstrated(recipe, 0),
-        "without same label": replace(with_demos, same_label=False),
+        "InstructERC": _demonstrated(recipe, shown),
+        "without impact": _demonstrated(replace(recipe, tasks=("speaker", "emotion")), shown),
+        "without speaker": _demonstrated(replace(recipe, tasks=("emotion", "impact")), shown),
+        "without both": _demonstrated(replace(recipe, tasks=("emotion",)), shown),
+        f"with{'out' if shown else ''} demonstrations": _demonstrated(recipe, 0 if shown else 1),
+        f"demonstrations of {'any' if recipe.same_label else 'the same'} label": _demonstrated(
+            other_rule, shown or 1
+        ),
         "plain prompt": replace(_demonstrated(recipe, 0), template="plain", tasks=("emotion",)),
     }
 

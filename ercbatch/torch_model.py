@@ -7,7 +7,7 @@ Training, evaluation in training, export and the torch scorer all run a model th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ from ercbatch.tokens import SegmentTokenizer, control_tokens
 from ercbatch.tree import Segment, lay_out
 
 
-def check_config(source: str) -> None:
-    """See that a checkpoint's `config.json` asks for no code.
+def check_config(source: str) -> Mapping[str, Any]:
+    """A checkpoint's `config.json`, which asks for no code.
 
     Raises:
         UsageError: it does, or there is none.
@@ -40,6 +40,8 @@ def check_config(source: str) -> None:
         # (CVE-2026-4372). Neither has a place in a file of data.
         if key == "auto_map" or key.startswith("_attn_implementation"):
             raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
+    checked: Mapping[str, Any] = config
+    return checked
 
 
 def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:
@@ -51,9 +53,21 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         UsageError: not a causal language model, or a config that asks to run code.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
-    check_config(source)
+    config = check_config(source)
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"{source}: {f'a {kind} model' if kind else 'config.json without model_type'}, not a "
+            "causal language model: take one such as Llama, Qwen, Mistral, Gemma, Phi or BLOOM"
+        )
+    if kind == "bert" and not config.get("is_decoder"):
+        raise UsageError(
+            f"{source}: an encoder reads both ways: make it a causal language model with "
+            "`python -m train base`"
+        )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

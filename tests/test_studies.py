@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,19 @@ def test_each_study_varies_what_it_says(recipe_file: Path) -> None:
         encoder="e",
     )
     variants = {name: study(recipe) for name, study in STUDIES.items()}
-    assert len(variants["ablation"]) == 7
+    assert {
+        name: (v.tasks, v.demonstrations_shown, v.same_label, v.template)
+        for name, v in variants["ablation"].items()
+    } == {
+        "InstructERC": (("speaker", "emotion", "impact"), 0, True, "paper"),
+        "without impact": (("speaker", "emotion"), 0, True, "paper"),
+        "without speaker": (("emotion", "impact"), 0, True, "paper"),
+        "without both": (("emotion",), 0, True, "paper"),
+        "with demonstrations": (("speaker", "emotion", "impact"), 1, True, "paper"),
+        "demonstrations of any label": (("speaker", "emotion", "impact"), 1, False, "paper"),
+        "plain prompt": (("emotion",), 0, True, "plain"),
+    }
+    assert "without demonstrations" in STUDIES["ablation"](replace(recipe, demonstrations_shown=2))
     assert [v.window.turns for v in variants["window"].values()] == [1, 5, 12, 20]
     assert [v.learning_rate for v in variants["lora-vs-full"].values()] == [2e-4, 2e-5]
     scaling = variants["scaling"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, python, write_gguf, write_model
+from conftest import EXAMPLES, ROOT, python, write_gguf, write_model, write_recipe
+from safetensors.torch import load_file, save_file
 
 from ercbatch.dialogues import Dialogue, Utterance
-from ercbatch.errors import UsageError
+from ercbatch.errors import InputError, UsageError
 from ercbatch.labels import label_set
 from ercbatch.torch_model import load_causal_lm
 from ercbatch.tree import Task, Window
@@ -72,6 +75,34 @@ def test_labels_outside_the_set_are_refused_before_training(bert: Path, tmp_path
     data.write_text((EXAMPLES / "group_chat.jsonl").read_text())
     done = python("-m", "train", "fit", recipe, "-o", tmp_path / "run")
     assert "no utterance has a `label`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "t5"}, "a t5 model, not a causal language model"),
+        ({"model_type": None}, "config.json without model_type"),
+        ({"is_decoder": False}, "`python -m train base`"),
+    ],
+)
+def test_a_base_that_is_no_causal_lm_is_refused(
+    bert: Path, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    shutil.copytree(bert, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    done = python("-m", "train", "fit", write_recipe(tmp_path, tmp_path / "base"), "-o", tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr) < 600
+
+
+def test_data_without_dialogues_or_labels_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    for text, words in (("", "no dialogue in it"), ('{"utterances": [{"text": "a"}]}', "`label`")):
+        data.write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_dataset(Source(str(data), "meld"))
 
 
 def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -> None:
@@ -269,3 +300,19 @@ def test_a_file_that_is_not_gguf_is_named(tmp_path: Path) -> None:
     done = python("-m", "train", "base", path, "-o", tmp_path / "base")
     assert done.returncode == 4
     assert f"{path}: cannot be read as GGUF" in done.stderr
+
+
+def test_only_a_bert_is_turned_into_a_decoder(bert: Path, tmp_path: Path) -> None:
+    llama = write_model(tmp_path / "llama", "llama")
+    done = python("-m", "train", "base", llama, "-o", tmp_path / "base")
+    assert done.returncode == 4
+    assert f"{llama}: a llama model" in done.stderr
+    part = tmp_path / "part"
+    shutil.copytree(bert, part)
+    weights = load_file(part / "model.safetensors")
+    weights.pop("bert.encoder.layer.1.output.dense.weight")
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    done = python("-m", "train", "base", part, "-o", tmp_path / "base")
+    assert done.returncode == 4
+    assert "the weights lack bert.encoder.layer.1.output.dense.weight" in done.stderr
+    assert not (tmp_path / "base").exists()

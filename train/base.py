@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+from transformers.utils import logging
 
 from ercbatch.errors import InputError
+from ercbatch.torch_model import check_config
 
 
 def causal_decoder(source: Path) -> BertLMHeadModel:
@@ -16,12 +20,31 @@ def causal_decoder(source: Path) -> BertLMHeadModel:
 
     The output embedding is tied to the input embedding. The head's transform, which a sentence
     encoder doesn't have, starts as the identity as far as it can: unit matrix, no bias.
+
+    Raises:
+        InputError: not a BERT checkpoint.
+        UsageError: its config asks to run code.
     """
+    kind = check_config(str(source)).get("model_type")
+    if kind != "bert":
+        raise InputError(
+            f"{source}: a {kind or 'nameless'} model, not a BERT sentence encoder: a causal "
+            "language model needs no turning, it is a base as it is"
+        )
     config = BertConfig.from_pretrained(source)
     config.is_decoder = True
     config.tie_word_embeddings = True
     config.architectures = ["BertLMHeadModel"]
-    model: BertLMHeadModel = BertLMHeadModel.from_pretrained(source, config=config)
+    logging.set_verbosity_error()  # it warns that the head is missing
+    try:
+        model, loaded = BertLMHeadModel.from_pretrained(
+            source, config=config, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise InputError(f"{source}: {error}") from error
+    missing = [name for name in loaded["missing_keys"] if not name.startswith("cls.")]
+    if missing:
+        raise InputError(f"{source}: the weights lack {min(missing)}: not a whole BERT checkpoint")
     transform = model.cls.predictions.transform
     with torch.no_grad():
         transform.dense.weight.copy_(torch.eye(config.hidden_size))
@@ -30,32 +53,41 @@ def causal_decoder(source: Path) -> BertLMHeadModel:
         transform.LayerNorm.bias.zero_()
         model.cls.predictions.bias.zero_()
     model.tie_weights()
-    return model
+    decoder: BertLMHeadModel = model
+    return decoder
 
 
 def write_base(source: Path, folder: Path) -> None:
     """Write a checkpoint folder: of a sentence encoder's causal decoder, or of a GGUF file.
 
     Raises:
-        InputError: a file that transformers cannot read as GGUF.
+        InputError: not a BERT checkpoint, or a file that transformers cannot read as GGUF.
     """
     if source.is_file():
         _dequantize(source, folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    causal_decoder(source).save_pretrained(folder)
+    decoder = causal_decoder(source)
+    if not (source / "tokenizer.json").exists():
+        raise InputError(f"{source}: has no tokenizer.json: convert its tokenizer first")
+    decoder.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copyfile(source / name, folder / name)
+        if (source / name).exists():  # transformers 5 writes no special_tokens_map.json
+            shutil.copyfile(source / name, folder / name)
 
 
 def _dequantize(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file (llama.cpp's format), its weights as float32."""
+    settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    if hasattr(transformers, "GgufConfig"):  # from transformers 5 on weights stay packed without it
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+            source.parent, gguf_file=source.name, **settings
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source}: cannot be read as GGUF: {error}") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # it refuses to save
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -54,7 +54,7 @@ def read_dataset(source: Source) -> Dataset:
     """Read a dataset.
 
     Raises:
-        InputError: a bad line, a label outside the set, missing scores, or no label at all.
+        InputError: a bad line, a label outside the set, missing scores, no label, no dialogue.
     """
     labels, learnt = source.label_set(), source.learnt()
     written = labels if learnt is None else find_label_set(source.written)
@@ -63,6 +63,8 @@ def read_dataset(source: Source) -> Dataset:
         for number, (line, dialogue) in enumerate(read_dialogues(Path(source.path)))
         if not source.left_out(number)
     ]
+    if not scenes:
+        raise InputError(f"{source.path}: no dialogue in it: give labelled dialogues")
     if not any(target is not None for scene in scenes for target in scene.targets):
         raise InputError(
             f"{source.path}: no utterance has a `label`: training needs labelled dialogues"
