@@ -179,6 +179,9 @@ def _say(text: str) -> None:
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), help="Another number of epochs.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Share of the data.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As `train fit` has it."
+)
 @click.option("--bf16/--no-bf16", default=None)
 def main(
     name: str,
@@ -188,11 +191,12 @@ def main(
     seeds: int,
     epochs: int | None,
     fraction: float | None,
+    settings: tuple[str, ...],
     bf16: bool | None,
 ) -> None:
     """Run the study NAME on the recipe in RECIPE_FILE."""
     try:
-        recipe = read_recipe(recipe_file, base=base, epochs=epochs, fraction=fraction)
+        recipe = read_recipe(recipe_file, settings, base=base, epochs=epochs, fraction=fraction)
         variants = STUDIES[name](recipe)
         outcomes = {
             variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)

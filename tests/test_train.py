@@ -51,15 +51,39 @@ def test_recipe_defaults_are_the_papers() -> None:
         ("method = 'half'", "choose from lora, full"),
         ("base = ", "cannot read the recipe"),
         ("demonstrations = 0.5", "need an encoder"),
+        ("alpha = 'much'", "alpha: Input should be a valid number"),
+        ("[[train]]\npath='x'\nlabels='meld'\nfraction='all'", "train.0.fraction: Input"),
+        ("[train]\npath='x'", r"write \[\[train\]\]"),
+        ("[window]\nturn = 3", "unknown key 'turn' for window"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "recipe.toml"
     base = "" if text.startswith("base") else "base = 'x'\n"
-    train = "" if "[[" in text else "\n[[train]]\npath = 'x'\nlabels = 'meld'\n"
+    train = "" if "[train" in text else "\n[[train]]\npath = 'x'\nlabels = 'meld'\n"
     path.write_text(base + text + train)
     with pytest.raises(UsageError, match=words):
         read_recipe(path)
+
+
+def test_settings_stand_in_place_of_the_recipes_values(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "base = 'x'\nalpha = 0.3\n[window]\nturns = 5\n[[train]]\npath = 'x'\nlabels = 'meld'\n"
+    )
+    changed = read_recipe(
+        path, ["alpha=0.5", "window.stride=2", "tasks=['emotion']", "template = plain"], seed=7
+    )
+    assert (changed.alpha, changed.window, changed.tasks, changed.template, changed.seed) == (
+        0.5,
+        Window(5, 2),
+        ("emotion",),
+        "plain",
+        7,
+    )
+    for setting, words in (("alpha", "give KEY=VALUE"), ("beta=1", "unknown key 'beta'")):
+        with pytest.raises(UsageError, match=words):
+            read_recipe(path, [setting])
 
 
 def test_labels_outside_the_set_are_refused_before_training(bert: Path, tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ def base(source: Path, output: Path) -> None:
     help="Share of the training data.",
 )
 @click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a key of the recipe (--set alpha=0.2); repeatable.",
+)
+@click.option(
     "--bf16/--no-bf16", default=None, help="Compute in bfloat16; by default on a GPU that has it."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -95,6 +102,7 @@ def fit(
     method: str | None,
     load: str | None,
     fraction: float | None,
+    settings: tuple[str, ...],
     bf16: bool | None,
     resume: bool,
     force: bool,
@@ -119,6 +127,7 @@ def fit(
                 )
         wanted = read_recipe(
             recipe,
+            settings,
             base=base_,
             epochs=epochs,
             seed=seed,

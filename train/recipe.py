@@ -6,11 +6,14 @@ Every default is the paper's (arXiv 2309.11911, section 4), except where a comme
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet, find_label_set, mapping_to
@@ -224,8 +227,11 @@ def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"recipe: {name} is {value!r}: choose from {', '.join(known)}")
 
 
-def read_recipe(path: Path, **overrides: Any) -> Recipe:
+def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> Recipe:
     """Read a recipe file; paths in it are relative to its folder.
+
+    `settings` are `KEY=VALUE` in TOML, `window.turns=5` say; a VALUE that is none is a string.
+    They and `overrides` (None: not given) stand in place of what the file says.
 
     Raises:
         UsageError: unreadable, unknown keys, or values out of range.
@@ -244,40 +250,52 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
                 # A label set is a built-in name or a file; data is always a file.
                 if key in ("path", "mapping") or beside.is_file():
                     table[key] = str(beside)
+    for setting in settings:
+        for key, value in _setting(setting).items():
+            inner = isinstance(value, dict) and isinstance(values.get(key), dict)
+            values[key] = {**values[key], **value} if inner else value
     values.update({key: value for key, value in overrides.items() if value is not None})
     return recipe_from(path, values)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """The values of one `KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not (equals and key.strip()):
+        raise UsageError(f"--set {text}: give KEY=VALUE, as in the recipe")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return tomllib.loads(f"{key} = {json.dumps(value.strip())}")
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--set {text}: give KEY=VALUE, as in the recipe: {error}") from error
 
 
 def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
     """The recipe of plain values, as TOML or `Recipe.to_json` give them; `path` is for messages.
 
     Raises:
-        UsageError: unknown keys, or values out of range.
+        UsageError: unknown keys, or values of another type or out of range.
     """
-    values = dict(values)
     for key in _DATA:
         tables = values.get(key, ())
         if isinstance(tables, Mapping) or not all(isinstance(t, Mapping) for t in tables):
             raise UsageError(f"{path}: {key} is not a list of tables: write [[{key}]]")
-        values[key] = tuple(_source(path, table) for table in tables)
-    if "window" in values:
-        values["window"] = _build(path, Window, values["window"])
-    for key in ("tasks", "betas", "lora_targets"):
-        if key in values:
-            values[key] = tuple(values[key])
-    recipe: Recipe = _build(path, Recipe, values)
-    return recipe
+        for table in tables:
+            _check_keys(path, Source, table)
+    _check_keys(path, Window, values.get("window", {}))
+    _check_keys(path, Recipe, values)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}: {key}: {first['msg']}") from error
 
 
-def _source(path: Path, table: Mapping[str, Any]) -> Source:
-    values = dict(table)
-    if values.get("leave_out") is not None:
-        values["leave_out"] = tuple(values["leave_out"])
-    source: Source = _build(path, Source, values)
-    return source
-
-
-def _build(path: Path, kind: Any, values: Mapping[str, Any]) -> Any:
+def _check_keys(path: Path, kind: Any, values: Mapping[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -285,7 +303,3 @@ def _build(path: Path, kind: Any, values: Mapping[str, Any]) -> Any:
             f"{path}: unknown key {unknown[0]!r} for {kind.__name__.lower()}: "
             f"it takes {', '.join(sorted(known))}"
         )
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UsageError(f"{path}: {error}") from error
