@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from rich.table import Table
 from ercbatch.cli import Failure
 from ercbatch.errors import ErcbatchError, UsageError
 from train.fit import FitOptions, fit_recipe
-from train.recipe import Recipe, Source, read_recipe
-from train.run import DESCRIPTION
+from train.recipe import Recipe, Source, distinct_names, read_recipe
+from train.run import DESCRIPTION, digest
 
 Variants = Mapping[str, Recipe]
 
@@ -37,12 +37,17 @@ def ablation(recipe: Recipe) -> Variants:
     """Each auxiliary task alone, both, none; demonstrations or none; of the gold label or any; the
     plain prompt."""
     shown = recipe.demonstrations_shown
+    recipe = _demonstrated(recipe, shown)
     other_rule = replace(recipe, same_label=not recipe.same_label)
+    auxiliary = [task for task in recipe.tasks if task != "emotion"]
+
+    def without(*left_out: str) -> Recipe:
+        return replace(recipe, tasks=tuple(t for t in recipe.tasks if t not in left_out))
+
     return {
-        "InstructERC": _demonstrated(recipe, shown),
-        "without impact": _demonstrated(replace(recipe, tasks=("speaker", "emotion")), shown),
-        "without speaker": _demonstrated(replace(recipe, tasks=("emotion", "impact")), shown),
-        "without both": _demonstrated(replace(recipe, tasks=("emotion",)), shown),
+        "InstructERC": recipe,
+        **{f"without {task}": without(task) for task in auxiliary},
+        **({"without both": without(*auxiliary)} if len(auxiliary) > 1 else {}),
         f"with{'out' if shown else ''} demonstrations": _demonstrated(recipe, 0 if shown else 1),
         f"demonstrations of {'any' if recipe.same_label else 'the same'} label": _demonstrated(
             other_rule, shown or 1
@@ -52,16 +57,18 @@ def ablation(recipe: Recipe) -> Variants:
 
 
 def window(recipe: Recipe) -> Variants:
-    """How many earlier turns are in view."""
+    """How many earlier turns are in view: exactly so many, so turns share no prompts (slow)."""
     return {
-        f"{turns} turns": replace(recipe, window=replace(recipe.window, turns=turns))
+        f"{turns} turns": replace(recipe, window=replace(recipe.window, turns=turns, stride=1))
         for turns in (1, 5, 12, 20)
     }
 
 
 def lora_vs_full(recipe: Recipe) -> Variants:
     """Adapters at the recipe's learning rate, all parameters at a tenth of it, as in the paper."""
-    recipe = replace(recipe, method="lora", train_sample=_TRAIN_SAMPLE)
+    if recipe.method != "lora":
+        raise UsageError("this study needs a LoRA recipe: its learning rate is what both go by")
+    recipe = replace(recipe, train_sample=_TRAIN_SAMPLE)
     assert recipe.learning_rate is not None  # the recipe has filled it in
     tenth = recipe.learning_rate / 10
     full = replace(recipe, method="full", load="full", learning_rate=tenth)
@@ -71,19 +78,32 @@ def lora_vs_full(recipe: Recipe) -> Variants:
 def scaling(recipe: Recipe) -> Variants:
     """1 to 1/64 of the data: of each dataset alone, and of all by either way of mixing."""
     variants = {}
+    names = distinct_names(recipe.train)
     for parts in (1, 2, 4, 8, 16, 32, 64):
         part = replace(recipe, fraction=recipe.fraction / parts)
-        for source in recipe.train:
-            variants[f"1/{parts} of {Path(source.path).stem}"] = replace(
+        for name, source in zip(names, recipe.train, strict=True):
+            variants[f"1/{parts} of {name}"] = replace(
                 part,
                 train=(source,),
-                valid=tuple(s for s in recipe.valid if s.labels == source.labels),
-                test=tuple(s for s in recipe.test if s.labels == source.labels),
+                valid=_like(source, recipe.valid),
+                test=_like(source, recipe.test),
             )
         if len(recipe.train) > 1:
             for mix in ("total", "ratio"):
                 variants[f"1/{parts}, {mix} mix"] = replace(part, mix=mix)
     return variants
+
+
+def _like(source: Source, others: Sequence[Source]) -> tuple[Source, ...]:
+    """Those of the others whose labels are written and learnt as this one's.
+
+    Raises:
+        UsageError: there are others, but none such.
+    """
+    found = tuple(s for s in others if (s.labels, s.written) == (source.labels, source.written))
+    if others and not found:
+        raise UsageError(f"{source.path}: no [[valid]] or [[test]] data under its label set")
+    return found
 
 
 def transfer(recipe: Recipe) -> Variants:
@@ -97,13 +117,13 @@ def transfer(recipe: Recipe) -> Variants:
 
     recipe = replace(recipe, valid=unified(recipe.valid), test=unified(recipe.test))
     return {
-        f"from {Path(source.path).stem}": replace(recipe, train=(source,))
-        for source in unified(recipe.train)
+        f"from {name}": replace(recipe, train=(source,))
+        for name, source in zip(distinct_names(recipe.train), unified(recipe.train), strict=True)
     }
 
 
 def demos(recipe: Recipe) -> Variants:
-    """How many demonstrations a question shows, in training as in measuring."""
+    """How many demonstrations a question shows; in training, up to so many."""
     return {f"{count} demonstrations": _demonstrated(recipe, count) for count in (0, 1, 3, 5)}
 
 
@@ -133,8 +153,8 @@ class Outcome:
     """What the runs of one variant came to: dataset -> figure -> one value a seed."""
 
     figures: Mapping[str, Mapping[str, list[float]]]
-    gaps: list[list[float]]
-    """For each epoch, one value a seed: weighted F1 on training data less on validation data."""
+    gaps: Mapping[int, list[float]]
+    """Epoch -> for each seed: weighted F1 on training data less that on validation data."""
 
 
 def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None) -> Outcome:
@@ -144,7 +164,7 @@ def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None)
     for seed in range(recipe.seed, recipe.seed + seeds):
         run = folder / str(seed)
         described = _trained(replace(recipe, seed=seed), run, bfloat16)
-        kept = next(e for e in described["epochs"] if e["epoch"] == described["kept"])
+        kept = described["epochs"][described["kept"] - 1]
         for name, found in (described.get("test") or kept["valid"]).items():
             for figure in ("weighted_f1", "macro_f1"):
                 figures.setdefault(name, {}).setdefault(figure, []).append(found[figure])
@@ -153,7 +173,7 @@ def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None)
                 both = (epoch["train"], epoch["valid"])
                 means = [statistics.mean(f["weighted_f1"] for f in d.values()) for d in both]
                 gaps.setdefault(epoch["epoch"], []).append(means[0] - means[1])
-    return Outcome(figures, list(gaps.values()))
+    return Outcome(figures, gaps)
 
 
 def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, Any]:
@@ -162,8 +182,13 @@ def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, A
         print(f"studies: {run}", file=sys.stderr, flush=True)
         fit_recipe(recipe, run, FitOptions(bfloat16, resume=True), _say)
     described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if described.get("diverged"):
+        raise UsageError(f"{run} diverged: lower learning_rate, and choose another folder")
     if described["recipe"] != json.loads(json.dumps(recipe.to_json())):
         raise UsageError(f"{run} was trained by another recipe: choose another folder")
+    changed = [path for path, before in described["data"].items() if digest(path) != before]
+    if changed:
+        raise UsageError(f"{changed[0]} has changed since {run} was trained: choose another folder")
     return described
 
 
@@ -197,6 +222,8 @@ def main(
     """Run the study NAME on the recipe in RECIPE_FILE."""
     try:
         recipe = read_recipe(recipe_file, settings, base=base, epochs=epochs, fraction=fraction)
+        if not recipe.valid:
+            raise UsageError("a study chooses epochs by [[valid]] data: name some in the recipe")
         variants = STUDIES[name](recipe)
         outcomes = {
             variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)
@@ -226,10 +253,11 @@ def _print(name: str, recipe: Recipe, outcomes: Mapping[str, Outcome]) -> None:
     gapped = {variant: o.gaps for variant, o in outcomes.items() if o.gaps}
     if gapped:
         table = Table("variant", title="weighted F1 on training data less on validation data")
-        for epoch in range(1, 1 + max(map(len, gapped.values()))):
+        epochs = sorted({epoch for gaps in gapped.values() for epoch in gaps})
+        for epoch in epochs:
             table.add_column(f"epoch {epoch}")
         for variant, gaps in gapped.items():
-            table.add_row(variant, *(_spread(values) for values in gaps))
+            table.add_row(variant, *(_spread(gaps[e]) if e in gaps else "" for e in epochs))
         console.print(table)
 
 

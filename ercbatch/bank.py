@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class DemonstrationBank:
         count: int,
         *,
         labels: Sequence[str | None] | None = None,
-        exclude: Sequence[str] | None = None,
+        exclude: Sequence[Collection[str]] | None = None,
     ) -> list[tuple[Demonstration, ...]]:
         """The most similar demonstrations for each query vector [n, dim].
 
@@ -86,19 +86,19 @@ class DemonstrationBank:
             count: how many for each query; fewer come only where the bank has no more.
             labels: for each query the only label to return; training's same-label rule. Such a
                 search is exact.
-            exclude: for each query a text never to return (the utterance itself), whatever its
-                case, punctuation and spaces.
+            exclude: for each query the texts never to return (the utterance itself, say), whatever
+                their case, punctuation and spaces.
         """
         found = []
         for row, query in enumerate(queries):
             label = labels[row] if labels is not None else None
-            banned = _key(exclude[row]) if exclude is not None else None
+            banned = {_key(text) for text in exclude[row]} if exclude is not None else set()
             taken = self._search(query, count, label, banned) if count else []
             found.append(tuple(self.demonstrations[i] for i in taken))
         return found
 
     def _search(
-        self, query: Vectors, count: int, label: str | None, banned: str | None
+        self, query: Vectors, count: int, label: str | None, banned: Collection[str]
     ) -> list[int]:
         if label is not None:
             members = self._by_label.get(label, np.empty(0, np.int64))
@@ -134,7 +134,7 @@ class DemonstrationBank:
         return np.asarray(ids[0][order], np.int64)
 
     def _rounds(
-        self, ranked: npt.NDArray[np.int64], count: int, banned: str | None, labels: int
+        self, ranked: npt.NDArray[np.int64], count: int, banned: Collection[str], labels: int
     ) -> tuple[list[int], bool]:
         """(the first `count` in rounds over the labels, whether more candidates change nothing)."""
         depth = -(-count // labels) if labels else 0
@@ -142,7 +142,7 @@ class DemonstrationBank:
         taken: list[tuple[int, int, int]] = []
         settled = 0
         for place, i in enumerate(ranked.tolist()):
-            if self._keys[i] == banned:
+            if self._keys[i] in banned:
                 continue
             label = self.demonstrations[i].label
             seen[label] = seen.get(label, 0) + 1

@@ -88,7 +88,8 @@ class Retriever:
 
     def demonstrations(self, texts: list[str], count: int) -> list[tuple[tuple[str, str], ...]]:
         """(text, label) pairs for each text, `count` of them where the bank has as many."""
-        found = self.bank.nearest(self.encoder.encode(texts), count, exclude=texts)
+        own = [[text] for text in texts]
+        found = self.bank.nearest(self.encoder.encode(texts), count, exclude=own)
         return [tuple((d.text, d.label) for d in few) for few in found]
 
 

@@ -35,10 +35,12 @@ def check_config(source: str) -> Mapping[str, Any]:
         config, _ = PretrainedConfig.get_config_dict(source)
     except OSError as error:
         raise UsageError(f"{source}: no model there: {error}") from error
-    for key in config:
+    for key, value in config.items():
         # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
-        # (CVE-2026-4372). Neither has a place in a file of data.
-        if key == "auto_map" or key.startswith("_attn_implementation"):
+        # (CVE-2026-4372). Neither has a place in a file of data; a flag names nothing.
+        if key == "auto_map" or (
+            key.startswith("_attn_implementation") and not isinstance(value, bool)
+        ):
             raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
     checked: Mapping[str, Any] = config
     return checked
@@ -47,7 +49,8 @@ def check_config(source: str) -> Mapping[str, Any]:
 def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:
     """A causal language model and its tokenizer, from a checkpoint folder or a hub id.
 
-    Weights come from safetensors only, and no code comes with them.
+    Weights come from safetensors only, and no code comes with them. They are float32 unless
+    `settings` (of `from_pretrained`) say otherwise: transformers 5 would keep what the file has.
 
     Raises:
         UsageError: not a causal language model, or a config that asks to run code.
@@ -68,6 +71,8 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
             f"{source}: an encoder reads both ways: make it a causal language model with "
             "`python -m train base`"
         )
+    if "quantization_config" not in settings:
+        settings.setdefault("dtype", torch.float32)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

@@ -71,7 +71,7 @@ def test_results_come_in_rounds_over_the_labels(
     demonstrations = [Demonstration(text, label) for text, label, _ in entries]
     vectors = directions[[direction for *_, direction in entries]].reshape(-1, 5)
     found = DemonstrationBank(demonstrations, vectors).nearest(
-        directions[[query]], count, exclude=[banned]
+        directions[[query]], count, exclude=[[banned]]
     )[0]
     similarity = np.array([(directions[query] * v).sum() for v in vectors], np.float32)
     wanted = rounds(demonstrations, similarity, count, banned)
@@ -109,7 +109,7 @@ def test_the_utterance_itself_is_never_shown() -> None:
         Demonstration(text, "joy") for text in ("We won!", "we  won", "WE WON...", "We lost.")
     ]
     bank = DemonstrationBank(demonstrations, np.eye(4, dtype=np.float32))
-    assert texts(bank.nearest(np.eye(4, dtype=np.float32)[:1], 3, exclude=["We won"])[0]) == [
+    assert texts(bank.nearest(np.eye(4, dtype=np.float32)[:1], 3, exclude=[["We won"]])[0]) == [
         "We lost."
     ]
 
@@ -118,7 +118,7 @@ def test_training_can_ask_for_the_gold_label_only() -> None:
     demonstrations = [Demonstration(str(i), "joy" if i % 2 else "fear") for i in range(6)]
     bank = DemonstrationBank(demonstrations, np.eye(6, dtype=np.float32))
     query = np.eye(6, dtype=np.float32)[[1, 1, 1]]
-    found = bank.nearest(query, 2, labels=["joy", "fear", "anger"], exclude=["1", "1", "1"])
+    found = bank.nearest(query, 2, labels=["joy", "fear", "anger"], exclude=[["1"]] * 3)
     assert [texts(f) for f in found] == [["3", "5"], ["0", "2"], []]
 
 
@@ -291,7 +291,9 @@ def test_a_bank_of_examples_finds_the_like(encoder_folder: Path) -> None:
     assert [texts(f) for f in bank.nearest(queries, 1)] == [[line] for line in lines]
     assert not any(
         line in texts(f)
-        for line, f in zip(lines, bank.nearest(queries, 3, exclude=lines), strict=True)
+        for line, f in zip(
+            lines, bank.nearest(queries, 3, exclude=[[line] for line in lines]), strict=True
+        )
     )
 
 

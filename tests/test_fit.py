@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from conftest import CHAT, ROOT, python, write_model, write_recipe
 from safetensors.torch import load_file
 
+from ercbatch.bank import Demonstration, DemonstrationBank
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.labels import label_set
@@ -31,7 +32,7 @@ from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable
 from train.recipe import Recipe, Source
 from train.run import load_run
-from train.samples import TASKS, Sampler
+from train.samples import TASKS, Sampler, TrainingBank
 from train.validate import Validation
 
 CHAT_DATA = Source(str(CHAT), "meld")
@@ -128,6 +129,29 @@ def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
     assert torch.equal(states(sad), original)
 
 
+def test_no_demonstration_comes_from_the_dialogue_itself(bert: Path) -> None:
+    """It would show a gold label of the dialogue, of a later turn perhaps."""
+    _, tokenizer = load_causal_lm(str(bert))
+    own, others = ("where is my train", "it is gone", "oh no"), ("my parcel is lost", "thank you")
+    texts = (*own, *others)
+    vectors = np.eye(len(texts), dtype=np.float32)
+    by_text = dict(zip(texts, vectors, strict=True))
+
+    def said(shown: float, count: int) -> torch.Tensor:
+        bank = DemonstrationBank(
+            [Demonstration(t, "neutral") for t in texts[:count]], vectors[:count]
+        )
+        wanted = recipe(demonstrations=shown, encoder="e", demonstrations_most=1)
+        sampler = Sampler(
+            wanted, [dataset(scene(*own))], tokenizer, {0: TrainingBank(bank, by_text)}
+        )
+        (step,) = sampler.epoch(1, [Task.EMOTION])
+        return step.batch.tokens
+
+    assert torch.equal(said(1.0, len(own)), said(0.0, len(own)))
+    assert said(1.0, len(texts)).shape[1] > said(0.0, len(texts)).shape[1]
+
+
 def test_a_killed_run_goes_on_to_the_same_figures(bert: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, bert, epochs=10, packs_per_step=1, average=0.5)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -216,6 +240,25 @@ def test_a_loss_that_is_no_number_stops_with_good_weights(bert: Path, tmp_path: 
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert load_run(run).recipe.learning_rate == 1e30
+    again = python("-m", "train", "fit", path, "-o", run, "--resume")
+    assert again.returncode == 2
+    assert "diverged: lower learning_rate" in again.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_epoch_that_is_kept_is_the_one_that_is_tested(
+    method: str, bert: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, bert, method=method, tasks=["emotion"], epochs=3)
+    table = path.read_text().split("[[valid]]")[1]
+    path.write_text(f"{path.read_text()}[[test]]{table}")
+    done = python("-m", "train", "fit", path, "-o", tmp_path / "run", "--set", "learning_rate=0.1")
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    kept = run["epochs"][run["kept"] - 1]["valid"]["meld"]
+    assert run["test"]["meld"] == pytest.approx(kept, abs=1e-5)
+    assert not (tmp_path / "run" / "state.pt").exists()
+    assert any(name.startswith(str(bert)) for name in run["files"])
 
 
 def test_two_processes_share_the_steps(bert: Path, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, python
-from test_fit import CHAT, write_recipe
+from conftest import CHAT, EXAMPLES, python, write_recipe
 
 from benchmarks.studies import STUDIES
+from ercbatch.errors import UsageError
 from train.recipe import Recipe, Source, read_recipe
 
 
@@ -39,7 +39,7 @@ def test_a_study_is_a_table_and_goes_on_where_it_stopped(recipe_file: Path, tmp_
         )
         kept = run["epochs"][run["kept"] - 1]
         gap = kept["train"]["meld"]["weighted_f1"] - kept["valid"]["meld"]["weighted_f1"]
-        assert found[name]["gaps"][0][1] == pytest.approx(gap)
+        assert found[name]["gaps"][str(run["kept"])][1] == pytest.approx(gap)
         assert (run["recipe"]["method"] == "full") == (name == "full")
     assert "±" in second.stdout
     other = python(*ask, "1", "--epochs", "2")
@@ -68,13 +68,19 @@ def test_each_study_varies_what_it_says(recipe_file: Path) -> None:
         "plain prompt": (("emotion",), 0, True, "plain"),
     }
     assert "without demonstrations" in STUDIES["ablation"](replace(recipe, demonstrations_shown=2))
-    assert [v.window.turns for v in variants["window"].values()] == [1, 5, 12, 20]
+    windows = [v.window for v in variants["window"].values()]
+    assert [(w.turns, w.stride) for w in windows] == [(1, 1), (5, 1), (12, 1), (20, 1)]
     assert [v.learning_rate for v in variants["lora-vs-full"].values()] == [2e-4, 2e-5]
     scaling = variants["scaling"]
     assert len(scaling) == 7 * 4
     assert scaling["1/64 of a"].fraction == 1 / 64
     assert [s.path for s in scaling["1/64 of a"].valid] == ["c.jsonl"]
     assert scaling["1/2, total mix"].mix == "total"
+    alike = replace(recipe, train=(Source("a/t.jsonl", "meld"), Source("b/t.jsonl", "emorynlp")))
+    assert len(scaling) == len(STUDIES["scaling"](alike))
+    assert list(STUDIES["transfer"](alike)) == ["from a/t", "from b/t"]
+    with pytest.raises(UsageError, match="under its label set"):
+        STUDIES["scaling"](replace(recipe, valid=recipe.valid[:1]))
     over = variants["transfer"]["from b"]
     assert [(s.path, s.labels, s.written) for s in (*over.train, *over.valid)] == [
         ("b.jsonl", "unified", "emorynlp"),

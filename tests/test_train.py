@@ -21,7 +21,8 @@ from ercbatch.torch_model import load_causal_lm
 from ercbatch.tree import Task, Window
 from train.datasets import Dataset, Scene, read_dataset, without_overlap
 from train.dropout import dropout_settings
-from train.recipe import Recipe, Source, read_recipe
+from train.model import load_trainable
+from train.recipe import Recipe, Source, distinct_names, read_recipe
 from train.run import load_run
 from train.samples import Sampler
 
@@ -54,13 +55,21 @@ def test_recipe_defaults_are_the_papers() -> None:
         ("alpha = 'much'", "alpha: Input should be a valid number"),
         ("[[train]]\npath='x'\nlabels='meld'\nfraction='all'", "train.0.fraction: Input"),
         ("[train]\npath='x'", r"write \[\[train\]\]"),
+        ("window = 3", r"write \[window\]"),
+        ("train = 3", r"write \[\[train\]\]"),
+        ("base = 3", "base: Input should be a valid string"),
+        ("seed = -1", r"seed must be in \[0, inf\)"),
+        ("lora_dropout = 2.0", r"lora_dropout must be in \[0, 1\)"),
+        ("clip = 0", r"clip must be in \(0, inf\)"),
+        ("bank_per_label = 0", r"bank_per_label must be in \[1, inf\)"),
+        ("[window]\nfuture = 2", "later_turns"),
         ("[window]\nturn = 3", "unknown key 'turn' for window"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "recipe.toml"
     base = "" if text.startswith("base") else "base = 'x'\n"
-    train = "" if "[train" in text else "\n[[train]]\npath = 'x'\nlabels = 'meld'\n"
+    train = "" if "train" in text else "\n[[train]]\npath = 'x'\nlabels = 'meld'\n"
     path.write_text(base + text + train)
     with pytest.raises(UsageError, match=words):
         read_recipe(path)
@@ -157,6 +166,27 @@ def test_dialogues_that_share_a_long_line_with_validation_are_left_out() -> None
         "Oh no.",  # short lines are anybody's
         "We lost the parcel, at last!",
     ]
+
+
+def test_weights_are_float32_whatever_the_checkpoint_has(bert: Path, tmp_path: Path) -> None:
+    model, _ = load_causal_lm(str(bert), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(bert / name, tmp_path / name)
+    for method in ("full", "lora"):
+        recipe = Recipe(str(tmp_path), (Source("", "meld"),), method=method, window=Window(2, 2))
+        packed, _, _ = load_trainable(recipe, torch.device("cpu"), bfloat16=True)
+        assert {p.dtype for p in packed.parameters()} == {torch.float32}
+
+
+def test_datasets_are_told_apart_by_the_shortest_name() -> None:
+    def names(*paths: str) -> list[str]:
+        return distinct_names([Source(path, "meld") for path in paths])
+
+    assert names("a/one.jsonl", "b/two.jsonl") == ["one", "two"]
+    assert names("a/dev.jsonl", "b/dev.jsonl") == ["a/dev", "b/dev"]
+    with pytest.raises(UsageError, match="named twice"):
+        names("dev.jsonl", "dev.jsonl")
 
 
 def test_dropout_goes_by_the_names_of_the_architecture(checkpoint: Path) -> None:
@@ -267,9 +297,10 @@ def test_the_average_of_runs_has_their_mean_weights(bert: Path, tmp_path: Path) 
     done = python("-m", "train", "average", *runs, "-o", mean)
     assert done.returncode == 0, done.stderr
     one, two, both = (load_file(r / "model" / "model.safetensors") for r in (*runs, mean))
-    name = next(n for n in one if n.endswith("query.weight"))
-    assert not torch.allclose(one[name], two[name])
-    assert torch.allclose(both[name], (one[name] + two[name]) / 2)
+    assert any(name.startswith("cls.predictions") for name in both)  # the output embedding's
+    for name in both:
+        assert torch.allclose(both[name], (one[name] + two[name]) / 2), name
+        assert not torch.equal(one[name], two[name]) or "pooler" in name, name
     assert load_run(mean).recipe.seed == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -110,11 +111,13 @@ def fit(
 ) -> None:
     """Fit the model of a RECIPE (TOML) and keep the best epoch in a run folder."""
     from train.recipe import read_recipe
-    from train.run import DESCRIPTION
+    from train.run import DESCRIPTION, is_diverged
     from train.state import STATE
 
     try:
         if resume and (output / DESCRIPTION).exists():
+            if is_diverged(output):
+                raise UsageError(f"{output} diverged: lower learning_rate, and start with --force")
             _say(f"{output} is finished: nothing to resume")
             return
         if not force and not resume:
@@ -146,7 +149,9 @@ def fit(
             fit_recipe(wanted, output, FitOptions(bf16, resume, save_every), _say)
         except Interrupted as error:
             arguments = [a for a in sys.argv[1:] if a not in ("--force", "--resume")]
-            command = shlex.join(["python", "-m", "train", *arguments, "--resume"])
+            processes = os.environ.get("WORLD_SIZE", "1")
+            start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+            command = shlex.join([*start, "-m", "train", *arguments, "--resume"])
             raise Interrupted(f"{error}; to go on: {command}") from error
     except ErcbatchError as error:
         raise Failure(error) from error
@@ -174,6 +179,10 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
 @click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16.")
 def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: bool) -> None:
     """Write what RUNS say of dialogues that they were not fitted on, as `scores`."""
+    if output.exists() and output.samefile(data):
+        raise click.UsageError(f"{output} is the data itself: choose another output")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"{output.parent} is no folder: make it first")
     from ercbatch.labels import find_label_set
     from train.teach import teach as write_scores
 

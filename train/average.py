@@ -57,16 +57,18 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
     first = loaded[0]
     if any(run.recipe.method != "full" for run in loaded):
         raise UsageError("only full-parameter runs are averaged: an adapter is not a sum of others")
-    states = [run.model.model.state_dict() for run in loaded]
+    states = [run.model.state_dict() for run in loaded]  # the output embedding is in it
+    taken: set[int] = set()
     with torch.no_grad():
         for name, value in states[0].items():
             if any(name not in s or s[name].shape != value.shape for s in states):
                 raise UsageError(f"the runs' models differ in {name}: they have no average")
-            if value.is_floating_point():
+            if value.is_floating_point() and value.data_ptr() not in taken:  # tied weights: once
+                taken.add(value.data_ptr())
                 value.copy_(torch.stack([state[name] for state in states]).mean(0))
     with first.model.whole() as whole:
         whole.save_pretrained(folder / MODEL)
     tokenizer = AutoTokenizer.from_pretrained(runs[0] / MODEL, trust_remote_code=False)
     tokenizer.save_pretrained(folder / MODEL)
-    described = description(first.recipe, first.tokenizer, list(first.data))
+    described = description(first.recipe, first.tokenizer)
     describe(folder, described, first.tokenizer, averaged=[str(run) for run in runs])

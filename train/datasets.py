@@ -45,6 +45,11 @@ class Dataset:
     labels: LabelSet
     scenes: tuple[Scene, ...]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether an utterance has a gold label to be measured by."""
+        return any(u.label is not None for s in self.scenes for u in s.dialogue.utterances)
+
     def first(self, count: int) -> Dataset:
         """The dataset of its first dialogues."""
         return replace(self, scenes=self.scenes[:count])

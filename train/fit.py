@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from ercbatch import bundle as files
@@ -19,14 +21,14 @@ from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
-from ercbatch.torch_model import check_config
+from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
 from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, told
 from train.model import check_memory, load_trainable
 from train.recipe import Recipe
-from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description, load_run
-from train.samples import Sampler, TrainingBank, training_bank
+from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description
+from train.samples import Sampler, TrainingBank, joined, training_bank
 from train.state import STATE, load_state, save_state
 from train.validate import Validation
 
@@ -52,14 +54,46 @@ def fit_recipe(
     Raises:
         ErcbatchError: see `Fitting.run`, `read_dataset` and `load_causal_lm`.
     """
-    datasets, held_out = _read(recipe, report)
-    tests = [read_dataset(source) for source in recipe.test]
-    check_config(recipe.base)
-    check_memory(recipe)
     bfloat16 = options.bfloat16
     if bfloat16 is None:
-        bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # A GPU that only emulates it is faster without.
+        bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
     accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
+    if not accelerator.is_main_process:
+        report = _silent
+    data = _read(recipe, report)
+    check_config(recipe.base)
+    check_memory(recipe)
+    _make(folder)
+    try:
+        _fit(recipe, folder, options, report, accelerator, data)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UsageError(
+            f"too little memory on {accelerator.device} ({str(error).splitlines()[0]}): lower "
+            "packs_per_step or pack_tokens, set gradient_checkpointing, or load nf4"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """The datasets of a recipe, the training ones thinned as it says."""
+
+    train: Sequence[Dataset]
+    valid: Sequence[Dataset]
+    test: Sequence[Dataset]
+
+
+def _fit(
+    recipe: Recipe,
+    folder: Path,
+    options: FitOptions,
+    report: Callable[[str], None],
+    accelerator: Accelerator,
+    data: _Data,
+) -> None:
+    bfloat16 = accelerator.mixed_precision == "bf16"
     packed, adapter, tokenizer = load_trainable(recipe, accelerator.device, bfloat16=bfloat16)
     banks: dict[int, TrainingBank] = {}
     retrievers: dict[str, Retriever] = {}
@@ -68,24 +102,25 @@ def fit_recipe(
         encoder = SentenceEncoder(
             source / files.ENCODER, source / files.ENCODER_TOKENIZER, threads=available_threads()
         )
-        banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(datasets)}
-        for i, dataset in enumerate(datasets):
-            retrievers.setdefault(dataset.labels.name, Retriever(encoder, banks[i].bank))
-    sampler = Sampler(recipe, datasets, tokenizer, banks)
-    validation = Validation(packed, tokenizer, recipe, held_out, retrievers)
-    sampled = [dataset.first(recipe.train_sample) for dataset in datasets]
-    sample = Validation(
-        packed, tokenizer, recipe, sampled if recipe.train_sample else (), retrievers
-    )
-    paths = [source.path for source in (*recipe.train, *recipe.valid, *recipe.test)]
-    folder.mkdir(parents=True, exist_ok=True)
+        banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train)}
+        for name in {d.labels.name for d in data.train}:
+            own = [banks[i].bank for i, d in enumerate(data.train) if d.labels.name == name]
+            retrievers[name] = Retriever(encoder, joined(own))
+    sampler = Sampler(recipe, data.train, tokenizer, banks)
+
+    def measured(datasets: Sequence[Dataset]) -> Validation:
+        return Validation(packed, tokenizer, recipe, datasets, retrievers)
+
+    validation = measured(data.valid)
+    sampled = [d.first(recipe.train_sample) for d in data.train] if recipe.train_sample else []
+    sample = measured([d for d in sampled if d.labelled])
     described = {
-        **description(recipe, tokenizer, paths),
+        **description(recipe, tokenizer),
         "bfloat16": bfloat16,
         "processes": accelerator.num_processes,
     }
     state = load_state(folder, described) if options.resume else None
-    if state is None:
+    if state is None and accelerator.is_main_process:
         for name in (DESCRIPTION, STATE):  # of a run that this one replaces
             (folder / name).unlink(missing_ok=True)
     kept = 0 if state is None else int(state["kept"])
@@ -113,55 +148,83 @@ def fit_recipe(
     def save(state: Mapping[str, Any]) -> None:
         save_state(folder, described, {**state, "kept": kept})
 
+    outcome: dict[str, Any] = {}
     with _stop_requests() as stopping:
         hooks = Hooks(evaluate, keep, finished, save, report, stopping)
         fitting = Fitting(
             packed, sampler, recipe, hooks, accelerator, save_every=options.save_every
         )
         try:
-            epochs = fitting.run(state)
+            outcome["epochs"] = fitting.run(state)
         except DivergedError as error:
-            if not kept:  # the weights are those of the last step that went well
-                write()
-            describe(folder, described, tokenizer, epochs=fitting.finished, kept=kept)
+            if accelerator.is_main_process:
+                if not kept:  # the weights are those of the last step that went well
+                    write()
+                outcome = {"epochs": fitting.finished, "kept": kept, "diverged": True}
+                describe(folder, described, tokenizer, **outcome)
             raise DivergedError(f"{error}. {folder} holds what was good before") from error
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UsageError(
-                f"too little memory on {accelerator.device} ({str(error).splitlines()[0]}): lower "
-                "packs_per_step or pack_tokens, set gradient_checkpointing, or load nf4"
-            ) from error
     if accelerator.is_main_process:
-        describe(folder, described, tokenizer, epochs=epochs, kept=kept)
-        if tests:
-            run = load_run(folder)
-            run.model.to(accelerator.device)
-            test = Validation(run.model, tokenizer, recipe, tests, retrievers).figures()
-            describe(folder, described, tokenizer, epochs=epochs, kept=kept, test=test)
-            report(f"epoch {kept} is kept; {told(test)}")
+        outcome["kept"] = kept
+        if data.test:
+            _load_kept(packed, adapter, folder)
+            outcome["test"] = measured(data.test).figures()
+            report(f"epoch {kept} is kept; {told(outcome['test'])}")
+        describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
 
 
-def _read(recipe: Recipe, report: Callable[[str], None]) -> tuple[list[Dataset], list[Dataset]]:
-    """The training datasets, thinned as the recipe says, and the validation datasets."""
-    datasets = [read_dataset(source) for source in recipe.train]
-    held_out = [read_dataset(source) for source in recipe.valid]
+def _load_kept(packed: PackedModel, adapter: Any, folder: Path) -> None:
+    """Put the weights that were written into the model."""
+    if adapter is not None:
+        set_peft_model_state_dict(adapter, load_peft_weights(str(folder / ADAPTER), device="cpu"))
+        return
+    kept, _ = load_causal_lm(str(folder / MODEL))
+    with packed.whole() as whole:
+        whole.load_state_dict(kept.state_dict())
+
+
+def _make(folder: Path) -> None:
+    """Make the run folder, before any time is spent.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to ({error}): choose another") from error
+
+
+def _silent(_text: str) -> None:
+    """One process reports for all."""
+
+
+def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
+    datasets, valid, test = (
+        [read_dataset(source) for source in sources]
+        for sources in (recipe.train, recipe.valid, recipe.test)
+    )
+    held_out = [*valid, *test]
     if recipe.exclude_overlap:
         datasets = [without_overlap(d, held_out, recipe.exclude_overlap) for d in datasets]
         for dataset in datasets:
             if not dataset.scenes:
                 raise UsageError(
-                    f"{dataset.source.path}: every dialogue shares a line with a validation "
-                    "dataset (exclude_overlap): nothing is left to train on"
+                    f"{dataset.source.path}: every dialogue shares a line with a validation or "
+                    "test dataset (exclude_overlap): nothing is left to train on"
                 )
-    texts = [{u.text for s in d.scenes for u in s.dialogue.utterances} for d in held_out]
     for dataset in datasets:
         own = {u.text for s in dataset.scenes for u in s.dialogue.utterances}
-        if any(found and found <= own for found in texts):
-            report(
-                f"warning: all that is said in a validation dataset stands in "
-                f"{dataset.source.path} too: its figures will say nothing of new dialogues"
-            )
-    return share(datasets, recipe), held_out
+        for other in held_out:
+            said = {u.text for s in other.scenes for u in s.dialogue.utterances}
+            if said and said <= own:
+                report(
+                    f"warning: all that is said in {other.source.path} stands in "
+                    f"{dataset.source.path} too: its figures will say nothing of new dialogues"
+                )
+    return _Data(share(datasets, recipe), valid, test)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ercbatch.errors import ErcbatchError, UsageError
@@ -179,7 +180,7 @@ class Fitting:
         for stage in self._recipe.stages:
             last = first + stage.epochs - 1
             if self._progress.epoch <= last:
-                self._optimizer = self._accelerator.prepare(self._new_optimizer())
+                self._optimizer = self._new_optimizer()  # prepared, it would never be freed
                 # A state between two stages has the optimizer of the one that is over.
                 if state is not None and (self._progress.epoch > first or self._progress.steps):
                     self._optimizer.load_state_dict(state["optimizer"])
@@ -235,8 +236,8 @@ class Fitting:
             if time.monotonic() - spoken > _TOLD_EVERY:
                 spoken = time.monotonic()
                 self._hooks.report(self._told(stage, first, steps))
-            stopping = self._stopping()
-            if stopping or time.monotonic() - self._saved > self._save_every:
+            stopping, due = self._asked()
+            if stopping or due:
                 self._save()
             if stopping:
                 raise Interrupted(f"stopped in epoch {progress.epoch} after {progress.steps} steps")
@@ -268,10 +269,13 @@ class Fitting:
         """The longest step, without consequences: memory that runs out does so here."""
         device = self._accelerator.device
         generators = _generators()
+        # AdamW's moments, which come with the first update.
+        moments = [torch.empty_like(p) for p in self._trained for _ in range(2)]
         with self._accelerator.autocast():
             loss = (self._objective(epoch[epoch.longest].to(device)) * weights).sum()
         self._accelerator.backward(loss)
         self._optimizer.zero_grad()
+        del moments
         _set_generators(generators)
 
     def _set_rate(self, step: int, steps: int) -> None:
@@ -282,13 +286,14 @@ class Fitting:
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.learning_rate * min(1.0, rate)
 
-    def _stopping(self) -> bool:
-        """Whether any process was asked to stop: they all must, or the others would wait for it."""
-        mine = self._hooks.stopping()
+    def _asked(self) -> tuple[bool, bool]:
+        """(whether to stop, whether to save), for all processes as for any: they act together."""
+        mine = (self._hooks.stopping(), time.monotonic() - self._saved > self._save_every)
         if self._accelerator.num_processes == 1:
             return mine
-        asked = torch.tensor([float(mine)], device=self._accelerator.device)
-        return bool(self._accelerator.reduce(asked, "sum").item())
+        asked = torch.tensor(mine, dtype=torch.float32, device=self._accelerator.device)
+        stopping, due = self._accelerator.reduce(asked, "sum").tolist()
+        return stopping > 0, due > 0
 
     def _finish_epoch(self, stage: Stage) -> None:
         progress, hooks = self._progress, self._hooks
@@ -335,6 +340,7 @@ class Fitting:
 
     def _save(self) -> None:
         self._saved = time.monotonic()
+        generators = gather_object([_generators()])  # each process draws its own dropout
         if not self._accelerator.is_main_process:
             return
         average = self._average
@@ -345,7 +351,7 @@ class Fitting:
                 "optimizer": self._optimizer.state_dict(),
                 "average": None if average is None else average.weights,
                 "updates": 0 if average is None else average.updates,
-                "generators": _generators(),
+                "generators": generators,
             }
         )
 
@@ -358,7 +364,7 @@ class Fitting:
                 for own, value in zip(self._average.weights, state["average"], strict=True):
                     own.copy_(value)
                 self._average.updates = state["updates"]
-        _set_generators(state["generators"])
+        _set_generators(state["generators"][self._accelerator.process_index])
 
 
 def _generators() -> list[Tensor]:

@@ -67,13 +67,27 @@ class Source:
         Raises:
             UsageError: no such mapping, or one that leads out of the label set.
         """
-        if not self.written or self.written == self.labels:
+        if not self.written or (self.written == self.labels and not self.mapping):
             return None
         return mapping_to(self.label_set(), find_label_set(self.written), self.mapping)
 
     def left_out(self, number: int) -> bool:
         """Whether the number-th dialogue of the file (from 0) is left out."""
         return self.leave_out is not None and number % self.leave_out[1] == self.leave_out[0]
+
+
+def distinct_names(sources: Sequence[Source]) -> list[str]:
+    """What to call datasets: as short an end of their paths as tells them apart.
+
+    Raises:
+        UsageError: two are the same file.
+    """
+    parts = [Path(source.path).resolve().with_suffix("").parts for source in sources]
+    for length in range(1, 1 + max(map(len, parts), default=0)):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"recipe: {sources[0].path} or another dataset is named twice: name it once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +105,7 @@ class Recipe:
     """`lora` or `full`."""
     template: str = "paper"
     window: Window = field(default_factory=Window)
+    """The paper's moves with every turn (stride 1); in blocks, prompts share the turns they see."""
     tasks: tuple[str, ...] = ("speaker", "emotion", "impact")
     """Any of them together."""
     speaker_epochs: int = 3
@@ -173,18 +188,15 @@ class Recipe:
             raise UsageError("recipe: demonstrations need an encoder: name its folder")
         for source in (*self.train, *self.valid, *self.test):
             source.label_set()
-        for name in ("dropout", "attention_dropout", "token_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UsageError(f"recipe: {name} must be in [0, 1)")
-        if not 0 < self.fraction <= 1:
-            raise UsageError("recipe: fraction must be in (0, 1]")
-        for name in ("epochs", "pack_tokens", "packs_per_step", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"recipe: {name} must be at least 1")
-        for name in ("speaker_epochs", "train_sample", "demonstrations_shown"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"recipe: {name} must be at least 0")
+        if self.window.future:
+            raise UsageError(
+                "recipe: window.future is for labelling: later_turns and later_window train on them"
+            )
+        for allowed, names in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not _within(value, allowed):
+                    raise UsageError(f"recipe: {name} must be in {allowed}, not {value}")
         if self.learning_rate is None:
             rate = 2e-4 if self.method == "lora" else 2e-5
             object.__setattr__(self, "learning_rate", rate)
@@ -222,6 +234,33 @@ class Stage:
         return " + ".join(task.value for task in self.tasks)
 
 
+_RANGES = {
+    "[0, 1)": (
+        *("dropout", "attention_dropout", "token_dropout", "lora_dropout", "label_smoothing"),
+        "average",
+    ),
+    "[0, 1]": ("warmup", "demonstrations", "later_turns"),
+    "(0, 1]": ("fraction",),
+    "(0, inf)": ("learning_rate", "clip"),
+    "[0, inf)": (
+        *("alpha", "speaker_weight", "weight_decay", "class_balance", "exclude_overlap"),
+        *("speaker_epochs", "train_sample", "demonstrations_shown", "seed", "later_window"),
+    ),
+    "[1, inf)": (
+        *("epochs", "pack_tokens", "packs_per_step", "lora_rank", "lora_alpha"),
+        *("demonstrations_most", "bank_per_label"),
+    ),
+}
+"""Interval -> the settings that must lie in it."""
+
+
+def _within(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (low < value or (interval[0] == "[" and low == value)) and (
+        value < high or (interval[-1] == "]" and high == value)
+    )
+
+
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"recipe: {name} is {value!r}: choose from {', '.join(known)}")
@@ -241,11 +280,12 @@ def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> R
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
     for key in ("base", "encoder"):
-        if key in values and (path.parent / values[key]).exists():
+        if isinstance(values.get(key), str) and (path.parent / values[key]).exists():
             values[key] = str(path.parent / values[key])
+    _check_tables(path, values)
     for table in (table for kind in _DATA for table in values.get(kind, ())):
         for key in ("path", "labels", "written", "mapping"):
-            if isinstance(table, dict) and key in table:
+            if isinstance(table.get(key), str):
                 beside = path.parent / table[key]
                 # A label set is a built-in name or a file; data is always a file.
                 if key in ("path", "mapping") or beside.is_file():
@@ -279,12 +319,9 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: unknown keys, or values of another type or out of range.
     """
-    for key in _DATA:
-        tables = values.get(key, ())
-        if isinstance(tables, Mapping) or not all(isinstance(t, Mapping) for t in tables):
-            raise UsageError(f"{path}: {key} is not a list of tables: write [[{key}]]")
-        for table in tables:
-            _check_keys(path, Source, table)
+    _check_tables(path, values)
+    for table in (table for kind in _DATA for table in values.get(kind, ())):
+        _check_keys(path, Source, table)
     _check_keys(path, Window, values.get("window", {}))
     _check_keys(path, Recipe, values)
     try:
@@ -293,6 +330,15 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UsageError(f"{path}: {key}: {first['msg']}") from error
+
+
+def _check_tables(path: Path, values: Mapping[str, Any]) -> None:
+    for key in _DATA:
+        tables = values.get(key, ())
+        if not isinstance(tables, (list, tuple)) or not all(isinstance(t, dict) for t in tables):
+            raise UsageError(f"{path}: {key} is not a list of tables: write [[{key}]]")
+    if not isinstance(values.get("window", {}), dict):
+        raise UsageError(f"{path}: window is not a table: write [window]")
 
 
 def _check_keys(path: Path, kind: Any, values: Mapping[str, Any]) -> None:

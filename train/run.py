@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -52,11 +52,11 @@ def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
         ) from error
     settings: dict[str, Any] = {"attn_implementation": attention}
+    if recipe.load != "full":
+        settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
     if recipe.method == "full":
         model, _ = load_causal_lm(str(folder / MODEL), **settings)
     else:
-        if recipe.load != "full":
-            settings["quantization_config"] = quantization(recipe)
         model, _ = load_causal_lm(recipe.base, **settings)
         if recipe.load != "full":
             # The adapter was fitted to the rounded weights: on others it would be off by as much.
@@ -64,6 +64,19 @@ def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
         model = PeftModel.from_pretrained(model, folder / ADAPTER).merge_and_unload()
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
     return TrainedRun(recipe, data, PackedModel(model.float().eval()), tokenizer)
+
+
+def is_diverged(folder: Path) -> bool:
+    """Whether the loss of a described run was no number in the end.
+
+    Raises:
+        UsageError: its description cannot be read.
+    """
+    path = folder / DESCRIPTION
+    try:
+        return "diverged" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}): start again with --force") from error
 
 
 def untrained_run(base: str, source: Source, wording: str, *, attention: str) -> TrainedRun:
@@ -92,14 +105,18 @@ def untrained_run(base: str, source: Source, wording: str, *, attention: str) ->
     return TrainedRun(recipe, {source.path: digest(source.path)}, packed, tokenizer)
 
 
-def description(
-    recipe: Recipe, tokenizer: SegmentTokenizer, paths: Sequence[str]
-) -> dict[str, Any]:
-    """What a run depends on: the resolved recipe, the tokenizer's controls, the data's digests."""
+def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
+    """What a run depends on: the resolved recipe, the tokenizer's controls, digests of files."""
+    sources = (*recipe.train, *recipe.valid, *recipe.test)
+    others = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
+    for folder in filter(None, (recipe.base, recipe.encoder)):  # a base on the hub is no folder
+        kinds = ("*.safetensors", "*.onnx")
+        others |= {str(path) for kind in kinds for path in Path(folder).glob(kind)}
     return {
         "recipe": recipe.to_json(),
         "controls": tokenizer.controls.to_json(),
-        "data": {path: digest(path) for path in paths},
+        "data": {s.path: digest(s.path) for s in sources},
+        "files": {path: digest(path) for path in sorted(others)},
     }
 
 

@@ -50,6 +50,14 @@ def training_bank(dataset: Dataset, encoder: SentenceEncoder, recipe: Recipe) ->
     return TrainingBank(bank, vectors)
 
 
+def joined(banks: Sequence[DemonstrationBank]) -> DemonstrationBank:
+    """One bank of all that these hold."""
+    return DemonstrationBank(
+        [d for bank in banks for d in bank.demonstrations],
+        np.concatenate([bank.vectors for bank in banks]),
+    )
+
+
 def _likeliest(scene: Scene, t: int, labels: LabelSet) -> str:
     target = scene.targets[t]
     assert target is not None  # only utterances with a target are asked about
@@ -179,7 +187,11 @@ class Sampler:
             if recipe.same_label:
                 gold = [_likeliest(scene, t, self._datasets[i].labels) for t in asked]
             found = own.bank.nearest(
-                np.stack([own.vectors[text] for text in texts]), count, labels=gold, exclude=texts
+                np.stack([own.vectors[text] for text in texts]),
+                count,
+                labels=gold,
+                # A demonstration shows a gold label: none of this dialogue's may be seen.
+                exclude=[texts] * len(texts),
             )
             shown = {
                 t: tuple((d.text, d.label) for d in demonstrations)

@@ -58,8 +58,9 @@ def teach(
         asked = [n for n in range(len(dialogues)) if not _fitted_on(run, sha256, labels, n)]
         report(f"{folder}: {len(asked):,} of {len(dialogues):,} dialogues")
         teachers[asked] += 1
-        device = next(run.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run.model.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             for number, _, rows in _engine(run, labels).run((n, dialogues[n]) for n in asked):
                 for t, row in rows.items():
                     sums[number][t] = sums[number].get(t, 0) + row

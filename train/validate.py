@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer
 from train.datasets import Dataset
-from train.recipe import Recipe
+from train.recipe import Recipe, distinct_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +76,28 @@ class Validation:
         self._shown = recipe.demonstrations_shown
         self._retrievers = retrievers or {}
         self._datasets = [
-            (d, Renderer(tokenizer, wording, recipe.window, d.labels.labels)) for d in datasets
+            (name, d, Renderer(tokenizer, wording, recipe.window, d.labels.labels))
+            for name, d in zip(_names(datasets), datasets, strict=True)
         ]
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Figures by label set, with the model as it is now."""
+        """Figures by dataset, with the model as it is now."""
         found = {}
-        for dataset, renderer in self._datasets:
+        for name, dataset, renderer in self._datasets:
             scorer = TorchScorer(self._model, renderer.trie.tokens)
             retriever = self._retrievers.get(dataset.labels.name)
             engine = Engine(scorer, renderer, 1.0, self._pack_tokens, retriever, self._shown)
-            name = dataset.labels.name
-            if sum(d.labels.name == name for d, _ in self._datasets) > 1:
-                name = f"{name} ({Path(dataset.source.path).stem})"
             found[name] = predict(engine, dataset).figures()
         return found
+
+
+def _names(datasets: Sequence[Dataset]) -> list[str]:
+    """The label set of each; with the file's name where several have it."""
+    labels = [d.labels.name for d in datasets]
+    if len(set(labels)) == len(labels):
+        return labels
+    files = distinct_names([d.source for d in datasets])
+    return [
+        f"{name} ({file})" if labels.count(name) > 1 else name
+        for name, file in zip(labels, files, strict=True)
+    ]
