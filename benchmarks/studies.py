@@ -111,7 +111,9 @@ def transfer(recipe: Recipe) -> Variants:
 
     def unified(sources: tuple[Source, ...]) -> tuple[Source, ...]:
         return tuple(
-            s if s.labels == "unified" else replace(s, labels="unified", written=s.labels)
+            s
+            if s.labels == "unified"
+            else replace(s, labels="unified", written=s.written or s.labels, mapping="")
             for s in sources
         )
 
@@ -186,9 +188,9 @@ def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, A
         raise UsageError(f"{run} diverged: lower learning_rate, and choose another folder")
     if described["recipe"] != json.loads(json.dumps(recipe.to_json())):
         raise UsageError(f"{run} was trained by another recipe: choose another folder")
-    changed = [path for path, before in described["data"].items() if digest(path) != before]
-    if changed:
-        raise UsageError(f"{changed[0]} has changed since {run} was trained: choose another folder")
+    for path, before in {**described["data"], **described["files"]}.items():
+        if not Path(path).exists() or digest(path) != before:
+            raise UsageError(f"{path} is not what {run} was trained on: choose another folder")
     return described
 
 

@@ -239,7 +239,8 @@ def test_a_loss_that_is_no_number_stops_with_good_weights(bert: Path, tmp_path: 
     assert "lower learning_rate" in done.stderr
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
-    assert load_run(run).recipe.learning_rate == 1e30
+    with pytest.raises(UsageError, match="diverged in its first epoch"):
+        load_run(run)
     again = python("-m", "train", "fit", path, "-o", run, "--resume")
     assert again.returncode == 2
     assert "diverged: lower learning_rate" in again.stderr
@@ -249,7 +250,8 @@ def test_a_loss_that_is_no_number_stops_with_good_weights(bert: Path, tmp_path: 
 def test_the_epoch_that_is_kept_is_the_one_that_is_tested(
     method: str, bert: Path, tmp_path: Path
 ) -> None:
-    path = write_recipe(tmp_path, bert, method=method, tasks=["emotion"], epochs=3)
+    # The mean is measured and written, so the weights in memory are never those that were kept.
+    path = write_recipe(tmp_path, bert, method=method, tasks=["emotion"], epochs=3, average=0.9)
     table = path.read_text().split("[[valid]]")[1]
     path.write_text(f"{path.read_text()}[[test]]{table}")
     done = python("-m", "train", "fit", path, "-o", tmp_path / "run", "--set", "learning_rate=0.1")
@@ -316,6 +318,8 @@ def test_a_saved_adapter_gives_what_it_gave_in_training(
     load: str, error: float, tmp_path: Path
 ) -> None:
     base, run = write_model(tmp_path / "base", "llama"), tmp_path / "run"
+    # As most models are published.
+    load_causal_lm(str(base), dtype=torch.bfloat16)[0].save_pretrained(base)
     path = write_recipe(tmp_path, base, tasks=["emotion"], epochs=4)
     done = python("-m", "train", "fit", path, "-o", run, "--load", load)
     assert done.returncode == 0, done.stderr

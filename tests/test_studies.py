@@ -45,6 +45,16 @@ def test_a_study_is_a_table_and_goes_on_where_it_stopped(recipe_file: Path, tmp_
     other = python(*ask, "1", "--epochs", "2")
     assert other.returncode == 2
     assert "trained by another recipe" in other.stderr
+    path = tmp_path / "lora-vs-full" / "LoRA" / "42" / "run.json"
+    run = json.loads(path.read_text())
+    for changes, words in (
+        ({"files": dict.fromkeys(run["files"], "")}, "is not what"),
+        ({"diverged": True}, "diverged: lower learning_rate"),
+    ):
+        path.write_text(json.dumps({**run, **changes}))
+        refused = python(*ask, "1")
+        assert refused.returncode == 2
+        assert words in refused.stderr
 
 
 def test_each_study_varies_what_it_says(recipe_file: Path) -> None:

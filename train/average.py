@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ercbatch.errors import UsageError
-from train.run import MODEL, describe, description, load_run
+from train.run import MODEL, describe, load_run
 
 
 class Average:
@@ -70,5 +70,10 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
         whole.save_pretrained(folder / MODEL)
     tokenizer = AutoTokenizer.from_pretrained(runs[0] / MODEL, trust_remote_code=False)
     tokenizer.save_pretrained(folder / MODEL)
-    described = description(first.recipe, first.tokenizer)
+    described = {
+        "recipe": first.recipe.to_json(),
+        "controls": first.tokenizer.controls.to_json(),
+        "data": first.data,
+        "files": first.files,
+    }
     describe(folder, described, first.tokenizer, averaged=[str(run) for run in runs])

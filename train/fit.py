@@ -65,14 +65,19 @@ def fit_recipe(
         report = _silent
     data = _read(recipe, report)
     check_config(recipe.base)
-    check_memory(recipe)
+    check_memory(recipe, bfloat16=bfloat16)
     _make(folder)
     try:
         _fit(recipe, folder, options, report, accelerator, data)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU torch has no error of its own for it.
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out and "can't allocate memory" not in str(error):
+            raise
+        words = str(error).partition("\n")[0]
         raise UsageError(
-            f"too little memory on {accelerator.device} ({str(error).splitlines()[0]}): lower "
-            "packs_per_step or pack_tokens, set gradient_checkpointing, or load nf4"
+            f"too little memory on {accelerator.device} ({words}): lower packs_per_step or "
+            "pack_tokens, set gradient_checkpointing, or load nf4"
         ) from error
 
 
@@ -95,25 +100,28 @@ def _fit(
 ) -> None:
     bfloat16 = accelerator.mixed_precision == "bf16"
     packed, adapter, tokenizer = load_trainable(recipe, accelerator.device, bfloat16=bfloat16)
+    sampled = [d.first(recipe.train_sample) for d in data.train if recipe.train_sample]
     banks: dict[int, TrainingBank] = {}
     retrievers: dict[str, Retriever] = {}
+    for_sample: dict[str, Retriever] = {}
     if recipe.demonstrations or recipe.demonstrations_shown:
         source = Path(recipe.encoder)
         encoder = SentenceEncoder(
             source / files.ENCODER, source / files.ENCODER_TOKENIZER, threads=available_threads()
         )
         banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train)}
+        # A demonstration shows a label: of the dialogues that are measured it must show none.
+        said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
         for name in {d.labels.name for d in data.train}:
             own = [banks[i].bank for i, d in enumerate(data.train) if d.labels.name == name]
             retrievers[name] = Retriever(encoder, joined(own))
+            for_sample[name] = Retriever(encoder, joined(own, said))
     sampler = Sampler(recipe, data.train, tokenizer, banks)
 
-    def measured(datasets: Sequence[Dataset]) -> Validation:
-        return Validation(packed, tokenizer, recipe, datasets, retrievers)
-
-    validation = measured(data.valid)
-    sampled = [d.first(recipe.train_sample) for d in data.train] if recipe.train_sample else []
-    sample = measured([d for d in sampled if d.labelled])
+    validation = Validation(packed, tokenizer, recipe, data.valid, retrievers)
+    test = Validation(packed, tokenizer, recipe, data.test, retrievers)
+    sampled = [d for d in sampled if d.labelled]
+    sample = Validation(packed, tokenizer, recipe, sampled, for_sample)
     described = {
         **description(recipe, tokenizer),
         "bfloat16": bfloat16,
@@ -167,7 +175,7 @@ def _fit(
         outcome["kept"] = kept
         if data.test:
             _load_kept(packed, adapter, folder)
-            outcome["test"] = measured(data.test).figures()
+            outcome["test"] = test.figures()
             report(f"epoch {kept} is kept; {told(outcome['test'])}")
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()

@@ -126,9 +126,10 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls: all but `evaluate` (validation and training figures) in one process."""
+    """What the loop calls; `evaluate`, `keep`, `finished` and `save` in the main process only."""
 
     evaluate: Callable[[], tuple[Figures, Figures]]
+    """Validation and training figures."""
     keep: Callable[[EpochFigures], None]
     """Called with the weights in place whenever an epoch is the best so far."""
     finished: Callable[[Sequence[EpochFigures]], None]
@@ -251,7 +252,7 @@ class Fitting:
             loss = (losses * weights).sum()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self._trained, self._recipe.clip)
-        if not math.isfinite(loss.item()) or (norm is not None and not math.isfinite(float(norm))):
+        if not (math.isfinite(loss.item()) and math.isfinite(float(norm))):
             raise DivergedError(
                 f"the loss is {loss.item():.4g} and the gradient's norm {float(norm):.4g} in epoch "
                 f"{progress.epoch}, step {progress.steps + 1}: lower learning_rate"

@@ -79,7 +79,7 @@ def quantization(recipe: Recipe) -> Any:
     )
 
 
-def check_memory(recipe: Recipe) -> None:
+def check_memory(recipe: Recipe, *, bfloat16: bool) -> None:
     """See, before anything is loaded, that the weights and what AdamW keeps of them fit.
 
     A base on the hub is not measured: it isn't here yet.
@@ -92,7 +92,7 @@ def check_memory(recipe: Recipe) -> None:
     cuda = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     # float32 weights; where they are trained, their gradient and AdamW's two moments beside them.
-    width = 16 if recipe.method == "full" else 2 if cuda else 4
+    width = 16 if recipe.method == "full" else 2 if cuda and bfloat16 else 4
     need = width * sum(_sizes(Path(recipe.base)))
     if need > free:
         raise UsageError(

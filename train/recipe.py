@@ -80,14 +80,19 @@ def distinct_names(sources: Sequence[Source]) -> list[str]:
     """What to call datasets: as short an end of their paths as tells them apart.
 
     Raises:
-        UsageError: two are the same file.
+        UsageError: two are the same file under the same label set.
     """
-    parts = [Path(source.path).resolve().with_suffix("").parts for source in sources]
-    for length in range(1, 1 + max(map(len, parts), default=0)):
-        names = ["/".join(p[-length:]) for p in parts]
+    paths = [Path(source.path).resolve() for source in sources]
+    longest = max((len(path.parts) for path in paths), default=1)
+    for length in range(1, 1 + longest):
+        names = ["/".join(path.with_suffix("").parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise UsageError(f"recipe: {sources[0].path} or another dataset is named twice: name it once")
+    names = [f"{path}, {source.labels}" for path, source in zip(paths, sources, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"recipe: {name} is named twice: name it once")
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class Recipe:
     """Share of what people say that is left out, token by token, each time it is drawn."""
     exclude_overlap: int = 0
     """Leave out training dialogues that share a line of at least this many letters with a
-    validation dataset (series are cut differently by different datasets); 0 keeps all."""
+    validation or test dataset (series are cut differently by different datasets); 0 keeps all."""
     label_smoothing: float = 0.0
     class_balance: float = 0.0
     """Class weights: (label frequency) ** -class_balance, mean 1; 0 is none."""
@@ -197,6 +202,8 @@ class Recipe:
                 value = getattr(self, name)
                 if value is not None and not _within(value, allowed):
                     raise UsageError(f"recipe: {name} must be in {allowed}, not {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"recipe: betas must be in [0, 1), not {self.betas}")
         if self.learning_rate is None:
             rate = 2e-4 if self.method == "lora" else 2e-5
             object.__setattr__(self, "learning_rate", rate)
@@ -308,7 +315,7 @@ def _setting(text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         pass
     try:
-        return tomllib.loads(f"{key} = {json.dumps(value.strip())}")
+        return tomllib.loads(f"{key} = {json.dumps(value.strip(), ensure_ascii=False)}")
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--set {text}: give KEY=VALUE, as in the recipe: {error}") from error
 
@@ -325,7 +332,9 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
     _check_keys(path, Window, values.get("window", {}))
     _check_keys(path, Recipe, values)
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        # As JSON, so that lists are tuples while true is no number and "no" no truth value.
+        text = json.dumps(values, default=str)
+        return TypeAdapter(Recipe).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -27,10 +27,14 @@ MODEL, ADAPTER = "model", "adapter"
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A finished run: its recipe, its data (path -> SHA-256), and the model, adapter merged."""
+    """A finished run, its adapter merged.
+
+    `data` and `files`, what else it depends on, map paths to SHA-256.
+    """
 
     recipe: Recipe
     data: Mapping[str, str]
+    files: Mapping[str, str]
     model: PackedModel
     tokenizer: SegmentTokenizer
 
@@ -39,18 +43,20 @@ def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
     """Read a run folder; `attention` is the implementation that transformers should use.
 
     Raises:
-        UsageError: not a run folder, or its base is missing.
+        UsageError: not a run folder, one that diverged at once, or its base is missing.
     """
     path = folder / DESCRIPTION
     try:
         described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         recipe = recipe_from(path, described["recipe"])
         controls = ControlTokens.from_json(described["controls"])
-        data = described["data"]
+        data, others = described["data"], described.get("files", {})
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
         ) from error
+    if described.get("diverged") and not described["kept"]:
+        raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
     settings: dict[str, Any] = {"attn_implementation": attention}
     if recipe.load != "full":
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
@@ -60,10 +66,11 @@ def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
         model, _ = load_causal_lm(recipe.base, **settings)
         if recipe.load != "full":
             # The adapter was fitted to the rounded weights: on others it would be off by as much.
-            model = model.dequantize()
+            # In float32, or merging would round it away.
+            model = model.dequantize().float()
         model = PeftModel.from_pretrained(model, folder / ADAPTER).merge_and_unload()
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
-    return TrainedRun(recipe, data, PackedModel(model.float().eval()), tokenizer)
+    return TrainedRun(recipe, data, others, PackedModel(model.float().eval()), tokenizer)
 
 
 def is_diverged(folder: Path) -> bool:
@@ -102,7 +109,7 @@ def untrained_run(base: str, source: Source, wording: str, *, attention: str) ->
             max_tokens=tokens, max_utterance_tokens=min(window.max_utterance_tokens, tokens // 4)
         ),
     )
-    return TrainedRun(recipe, {source.path: digest(source.path)}, packed, tokenizer)
+    return TrainedRun(recipe, {source.path: digest(source.path)}, {}, packed, tokenizer)
 
 
 def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:

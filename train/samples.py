@@ -50,12 +50,14 @@ def training_bank(dataset: Dataset, encoder: SentenceEncoder, recipe: Recipe) ->
     return TrainingBank(bank, vectors)
 
 
-def joined(banks: Sequence[DemonstrationBank]) -> DemonstrationBank:
-    """One bank of all that these hold."""
-    return DemonstrationBank(
-        [d for bank in banks for d in bank.demonstrations],
-        np.concatenate([bank.vectors for bank in banks]),
-    )
+def joined(
+    banks: Sequence[DemonstrationBank], leave_out: Collection[str] = ()
+) -> DemonstrationBank:
+    """One bank of what these hold, but for some texts."""
+    held = [d for bank in banks for d in bank.demonstrations]
+    kept = [i for i, d in enumerate(held) if d.text not in leave_out]
+    vectors = np.concatenate([bank.vectors for bank in banks])
+    return DemonstrationBank([held[i] for i in kept], vectors[kept])
 
 
 def _likeliest(scene: Scene, t: int, labels: LabelSet) -> str:

@@ -82,6 +82,7 @@ class Validation:
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures by dataset, with the model as it is now."""
+        self._model.eval()
         found = {}
         for name, dataset, renderer in self._datasets:
             scorer = TorchScorer(self._model, renderer.trie.tokens)
@@ -93,11 +94,12 @@ class Validation:
 
 def _names(datasets: Sequence[Dataset]) -> list[str]:
     """The label set of each; with the file's name where several have it."""
-    labels = [d.labels.name for d in datasets]
-    if len(set(labels)) == len(labels):
-        return labels
-    files = distinct_names([d.source for d in datasets])
-    return [
-        f"{name} ({file})" if labels.count(name) > 1 else name
-        for name, file in zip(labels, files, strict=True)
-    ]
+    names = [d.labels.name for d in datasets]
+    for name in set(names):
+        alike = [i for i, d in enumerate(datasets) if d.labels.name == name]
+        if len(alike) > 1:
+            for i, file in zip(
+                alike, distinct_names([datasets[i].source for i in alike]), strict=True
+            ):
+                names[i] = f"{name} ({file})"
+    return names
