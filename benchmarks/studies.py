@@ -188,7 +188,7 @@ def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, A
         raise UsageError(f"{run} diverged: lower learning_rate, and choose another folder")
     if described["recipe"] != json.loads(json.dumps(recipe.to_json())):
         raise UsageError(f"{run} was trained by another recipe: choose another folder")
-    for path, before in {**described["data"], **described["files"]}.items():
+    for path, before in {**described["data"], **described.get("files", {})}.items():
         if not Path(path).exists() or digest(path) != before:
             raise UsageError(f"{path} is not what {run} was trained on: choose another folder")
     return described
