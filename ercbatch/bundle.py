@@ -71,6 +71,9 @@ class BundleInfo:
     licence: str
     quality: Mapping[str, Any]
     """Figures measured with this very bundle."""
+    architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The model's `config.json`, from which `python -m export checkpoint` builds it again. Bundles
+    without it label all the same."""
     files: Mapping[str, FileDigest] = dataclasses.field(default_factory=dict)
 
     def label_set(self, name: str | None) -> LabelSet:
@@ -101,11 +104,13 @@ class BundleInfo:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BundleInfo:
         """Read what `to_json` wrote; a missing or odd value raises KeyError or TypeError."""
+        value = {"architecture": {}, **value}
         values = {f.name: value[f.name] for f in dataclasses.fields(cls)}
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
         values["controls"] = ControlTokens.from_json(value["controls"])
         values["window"] = Window(**value["window"])
         values["data"] = tuple(value["data"])
+        values["architecture"] = dict(value["architecture"])
         values["files"] = {
             name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in value["files"].items()
         }
@@ -152,6 +157,20 @@ def find_bundle(name: str) -> Path:
         if not Path(name, MANIFEST).exists():
             raise _no_bundle(name, packaged)
     return Path(name)
+
+
+def encoder_files(source: str) -> tuple[Path, Path]:
+    """(model, tokenizer) of a sentence encoder: a folder that `python -m export encoder` wrote, or
+    a bundle, which has one too.
+
+    Raises:
+        BundleError: neither.
+    """
+    folder = Path(source)
+    if (folder / ENCODER).exists() and not (folder / MANIFEST).exists():
+        return folder / ENCODER, folder / ENCODER_TOKENIZER
+    bundle = open_bundle(find_bundle(source))
+    return bundle.path(ENCODER), bundle.path(ENCODER_TOKENIZER)
 
 
 def _no_bundle(name: str, packaged: Path) -> BundleError:

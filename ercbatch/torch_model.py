@@ -35,15 +35,24 @@ def check_config(source: str) -> Mapping[str, Any]:
         config, _ = PretrainedConfig.get_config_dict(source)
     except OSError as error:
         raise UsageError(f"{source}: no model there: {error}") from error
+    refuse_code(f"{source}: config.json", config)
+    checked: Mapping[str, Any] = config
+    return checked
+
+
+def refuse_code(place: str, config: Mapping[str, Any]) -> None:
+    """See that a model's configuration, which stands in `place`, asks for no code.
+
+    Raises:
+        UsageError: it does.
+    """
     for key, value in config.items():
         # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
         # (CVE-2026-4372). Neither has a place in a file of data; a flag names nothing.
         if key == "auto_map" or (
             key.startswith("_attn_implementation") and not isinstance(value, bool)
         ):
-            raise UsageError(f"{source}: config.json has {key!r}, which asks to run code: refused")
-    checked: Mapping[str, Any] = config
-    return checked
+            raise UsageError(f"{place} has {key!r}, which asks to run code: refused")
 
 
 def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:

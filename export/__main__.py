@@ -12,13 +12,13 @@ from ercbatch.errors import ErcbatchError, UsageError
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Merge, quantize, measure, and write bundles."""
+    """Merge, quantize, measure, and write bundles; and read their weights back."""
 
 
-@main.command()
+@main.command("encoder")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-def encoder(source: Path, output: Path) -> None:
+def encoder_(source: Path, output: Path) -> None:
     """Export a sentence-transformers model with mean pooling, quantized."""
     from export.encoder import export_encoder
 
@@ -47,10 +47,8 @@ def encoder(source: Path, output: Path) -> None:
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option(
     "--encoder",
-    "encoder_folder",
     required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="What `python -m export encoder` wrote.",
+    help="What finds demonstrations: a folder that `python -m export encoder` wrote, or a bundle.",
 )
 @click.option(
     "--examples",
@@ -80,7 +78,7 @@ def bundle(
     labels: str | None,
     template: str,
     name: str,
-    encoder_folder: Path,
+    encoder: str,
     examples: Path,
     demos: int,
     quantize: str,
@@ -98,7 +96,7 @@ def bundle(
     from train.run import load_run, untrained_run
 
     options = BundleOptions(
-        name, encoder_folder, examples, demos, quantize, licence, provenance, base_name
+        name, encoder, examples, demos, quantize, licence, provenance, base_name
     )
     try:
         if data is None:
@@ -111,6 +109,24 @@ def bundle(
         click.echo(export_bundle(run, output, options, force=force))
     except ErcbatchError as error:
         raise Failure(error) from error
+
+
+@main.command()
+@click.argument("bundle_name", metavar="BUNDLE")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--force", is_flag=True, help="Write into a folder that exists.")
+def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
+    """Write the model of BUNDLE as a Hugging Face checkpoint, a base to train on."""
+    from ercbatch.bundle import find_bundle, open_bundle
+    from export.checkpoint import write_checkpoint
+
+    try:
+        if output.exists() and not force:
+            raise UsageError(f"{output} exists: choose another folder, or give --force")
+        write_checkpoint(open_bundle(find_bundle(bundle_name)), output)
+    except ErcbatchError as error:
+        raise Failure(error) from error
+    click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
 
 
 if __name__ == "__main__":

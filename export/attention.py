@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 _LAST = "last_axis"
 
 
 def sum_softmax_in_double(model: ModelProto) -> ModelProto:
-    """Divide by the sum of the exponentials after the product with the values; in place.
+    """Sum the exponentials of every softmax in float64, and divide by that; in place.
 
     Vector units sum a row in lanes, so a float32 softmax is rounded by where its tokens stand among
     those that they do not see; int8 turns such a last bit into a whole step of an activation. The
     float64 sum of float32 exponentials, rounded to float32, is the same in any order, and so is the
-    product with the values, which goes along the row and adds zeros for what is not seen.
+    product with the values, which goes along the row and adds zeros for what is not seen. Where
+    that product comes next, the division waits for it: it has fewer elements.
 
     Raises:
-        ValueError: the graph has no softmax over its last axis that is multiplied with values.
+        ValueError: the graph has no softmax over its last axis.
     """
     graph = model.graph
+    _drop_casts(graph)
     opset = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     users: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
-    sums: dict[str, str] = {}
+    waiting: dict[str, str] = {}
     nodes: list[NodeProto] = []
     for node in graph.node:
         name = node.output[0]
-        if node.op_type == "Softmax" and _multiplied(node, users):
-            nodes += _exponentials(node.input[0], name, opset)
-            sums[name] = f"{name}_sum"
-        elif node.op_type == "MatMul" and node.input[0] in sums:
-            node.output[0] = f"{name}_undivided"
-            nodes += [node, helper.make_node("Div", [node.output[0], sums[node.input[0]]], [name])]
+        undivided = f"{name}_undivided"
+        if node.op_type == "Softmax" and _over_last_axis(node):
+            if _multiplied(node, users):
+                nodes += _exponentials(node.input[0], name, opset)
+                waiting[name] = f"{name}_sum"
+            else:
+                nodes += _exponentials(node.input[0], undivided, opset)
+                nodes.append(helper.make_node("Div", [undivided, f"{undivided}_sum"], [name]))
+        elif node.op_type == "MatMul" and node.input[0] in waiting:
+            node.output[0] = undivided
+            nodes += [node, helper.make_node("Div", [undivided, waiting[node.input[0]]], [name])]
         else:
             nodes.append(node)
-    if not sums:
+    if len(nodes) == len(graph.node):
         raise ValueError("the graph has no attention to rewrite")
     graph.initializer.append(numpy_helper.from_array(np.array([-1], dtype=np.int64), _LAST))
     del graph.node[:]
@@ -47,13 +54,32 @@ def sum_softmax_in_double(model: ModelProto) -> ModelProto:
     return model
 
 
+def _drop_casts(graph: GraphProto) -> None:
+    """Leave out casts of softmaxes to float32: in a float32 graph they change nothing."""
+    same: dict[str, str] = {}
+    softmaxes = {node.output[0] for node in graph.node if node.op_type == "Softmax"}
+    kept = []
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = same.get(name, name)
+        to = [attribute.i for attribute in node.attribute if attribute.name == "to"]
+        if node.op_type == "Cast" and node.input[0] in softmaxes and to == [TensorProto.FLOAT]:
+            same[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _over_last_axis(softmax: NodeProto) -> bool:
+    return [a.i for a in softmax.attribute if a.name == "axis"] in ([], [-1])
+
+
 def _multiplied(softmax: NodeProto, users: dict[str, list[NodeProto]]) -> bool:
-    """Whether a softmax over the last axis is used for one thing: the product with the values."""
-    axes = [attribute.i for attribute in softmax.attribute if attribute.name == "axis"]
+    """Whether a softmax is used for one thing: the product with the values."""
     following = users.get(softmax.output[0], [])
     return (
-        axes in ([], [-1])
-        and len(following) == 1
+        len(following) == 1
         and following[0].op_type == "MatMul"
         and following[0].input[0] == softmax.output[0]
     )

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
 from ercbatch.bank import build_bank, read_examples
-from ercbatch.bundle import BundleInfo, write_bundle
+from ercbatch.bundle import BundleInfo, encoder_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet
@@ -24,6 +24,7 @@ from ercbatch.packs import join
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
 from ercbatch.scoring import calibrated
+from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
 from export.attention import sum_softmax_in_double
@@ -51,7 +52,7 @@ class BundleOptions:
     """What the run does not say about its bundle."""
 
     name: str
-    encoder: Path
+    encoder: str
     examples: Path
     demonstrations: int
     quantize: str
@@ -65,6 +66,7 @@ def export_bundle(
 ) -> str:
     """Write the bundle of a run loaded with `EXPORTED`; a summary of what was measured."""
     recipe, model, tokenizer = run.recipe, run.model, run.tokenizer
+    encoder_model, encoder_tokenizer = encoder_files(options.encoder)
     sets = tuple({source.labels: source.label_set() for source in recipe.train}.values())
     wording = template(recipe.template)
     renderers = {s.name: Renderer(tokenizer, wording, recipe.window, s.labels) for s in sets}
@@ -81,8 +83,8 @@ def export_bundle(
         onnx.save(graph, part / files.MODEL)
         save_file(dict(head.tensors()), part / files.HEAD)
         tokenizer.save(part / files.TOKENIZER)
-        for name in (files.ENCODER, files.ENCODER_TOKENIZER):
-            shutil.copyfile(options.encoder / name, part / name)
+        shutil.copyfile(encoder_model, part / files.ENCODER)
+        shutil.copyfile(encoder_tokenizer, part / files.ENCODER_TOKENIZER)
         encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
         examples = read_examples(options.examples, sets[0])
         retriever = Retriever(encoder, build_bank(examples, encoder))
@@ -121,12 +123,20 @@ def export_bundle(
             data=(*options.provenance, f"demonstrations: {len(examples)} written examples"),
             licence=options.licence,
             quality=quality,
+            architecture=_architecture(model),
         )
         (part / files.CARD).write_text(_card(info, sets), encoding="utf-8")
         return info
 
     write_bundle(folder, fill, force=force)
     return "\n".join(lines)
+
+
+def _architecture(model: PackedModel) -> dict[str, Any]:
+    """The model's configuration, without what is of this machine or of how it was loaded."""
+    config: dict[str, Any] = model.model.config.to_diff_dict()
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return {k: v for k, v in config.items() if k not in (*left_out, "quantization_config")}
 
 
 def _samples(renderer: Renderer, source: Source) -> list[Mapping[str, Any]]:

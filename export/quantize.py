@@ -17,6 +17,7 @@ Where the samples are many enough, they also guide how the weights are rounded (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,27 @@ def quantize_gathers(model: ModelProto, *, smallest_table: int = SMALLEST_TABLE)
     graph.finish()
     onnx.checker.check_model(model)
     return model
+
+
+def product_weights(model: ModelProto) -> dict[str, Array]:
+    """Output -> weight [k, n] of every product with a constant matrix, quantized by
+    `quantize_matmuls` or not."""
+    graph = _Graph(model)
+    products = (graph.product(node) for node in model.graph.node)
+    weights = {p.output: p.weight for p in products if p is not None}
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    users = {name: node for node in model.graph.node for name in node.input}
+    for name in (n.removesuffix("_int8") for n in constants if re.fullmatch(r"product\d+_int8", n)):
+        weight = constants[f"{name}_int8"] * constants[f"{name}_scale"]
+        output = users[f"{name}_scale"].output[0]
+        if f"{name}_columns" in constants:
+            floats = users[f"{name}_columns"]
+            places = floats.input[0].removesuffix("_floats") + "_columns"
+            weight[constants[places]] = constants[f"{name}_columns"]
+            output = users[output].output[0]
+            del weights[floats.output[0]]
+        weights[output] = weight
+    return weights
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import write_model
 
 from benchmarks.packed import packed, separate
 from ercbatch import Labeler
@@ -36,8 +37,9 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> N
         assert np.abs(other / other.sum() - row).max() < 1e-6
 
 
-def test_attention_is_the_softmax_that_it_was(bert: Path) -> None:
-    model, _ = load_causal_lm(str(bert), attn_implementation="eager")
+@pytest.mark.parametrize("kind", ["bert", "bloom", "llama", "gemma3_text"])
+def test_attention_is_the_softmax_that_it_was(kind: str, tmp_path: Path) -> None:
+    model, _ = load_causal_lm(str(write_model(tmp_path, kind)), attn_implementation="eager")
     graph = export_scorer(PackedModel(model.eval()))
     tree = lay_out(Segment(list(range(7, 60)), read=Read(Question(Task.EMOTION, 0), 0)))
     states = []

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer
 
-from ercbatch import bundle as files
+from ercbatch.bundle import encoder_files
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.onnx_scorer import available_threads
@@ -105,10 +105,7 @@ def _fit(
     retrievers: dict[str, Retriever] = {}
     for_sample: dict[str, Retriever] = {}
     if recipe.demonstrations or recipe.demonstrations_shown:
-        source = Path(recipe.encoder)
-        encoder = SentenceEncoder(
-            source / files.ENCODER, source / files.ENCODER_TOKENIZER, threads=available_threads()
-        )
+        encoder = SentenceEncoder(*encoder_files(recipe.encoder), threads=available_threads())
         banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train)}
         # A demonstration shows a label: of the dialogues that are measured it must show none.
         said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}

@@ -145,7 +145,7 @@ class Recipe:
     demonstrations_shown: int = 0
     """Demonstrations that each question shows in validation, of whichever labels."""
     encoder: str = ""
-    """Folder with an exported sentence encoder, for demonstrations: `python -m export encoder`."""
+    """What finds demonstrations: a folder that `python -m export encoder` wrote, or a bundle."""
     bank_per_label: int = 200
     """Demonstrations of each label in a training bank; the bank is balanced over labels."""
     same_label: bool = True
@@ -190,7 +190,7 @@ class Recipe:
             _choose("a task", task, tuple(t.value for t in Task))
         template(self.template)
         if (self.demonstrations or self.demonstrations_shown) and not self.encoder:
-            raise UsageError("recipe: demonstrations need an encoder: name its folder")
+            raise UsageError("recipe: demonstrations need an encoder: name its folder, or a bundle")
         for source in (*self.train, *self.valid, *self.test):
             source.label_set()
         if self.window.future:

@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 
 from ercbatch import bundle as files
+from ercbatch.bundle import encoder_files
 from ercbatch.errors import UsageError
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
@@ -116,9 +117,9 @@ def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     """What a run depends on: the resolved recipe, the tokenizer's controls, digests of files."""
     sources = (*recipe.train, *recipe.valid, *recipe.test)
     others = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
-    for folder in filter(None, (recipe.base, recipe.encoder)):  # a base on the hub is no folder
-        kinds = ("*.safetensors", "*.onnx")
-        others |= {str(path) for kind in kinds for path in Path(folder).glob(kind)}
+    others |= {str(path) for path in Path(recipe.base).glob("*.safetensors")}  # none: on the hub
+    if recipe.encoder:
+        others |= set(map(str, encoder_files(recipe.encoder)))
     return {
         "recipe": recipe.to_json(),
         "controls": tokenizer.controls.to_json(),

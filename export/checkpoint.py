@@ -1,0 +1,147 @@
+"""A bundle back to a Hugging Face checkpoint, to train on from there.
+
+The graph has kept the model's names: a parameter that is used as it is has its own, and the output
+of a product is called after its module. Quantized weights come back as what they stand for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, numpy_helper
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ercbatch import bundle as files
+from ercbatch.answers import AnswerHead
+from ercbatch.bundle import Bundle
+from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.errors import BundleError
+from ercbatch.labeler import Labeler
+from ercbatch.packs import join
+from ercbatch.tokens import control_tokens
+from ercbatch.torch_model import PackedModel, refuse_code
+from ercbatch.torch_scorer import TorchScorer
+from ercbatch.tree import Question, Task
+from export.quantize import product_weights
+from export.rounding import Array
+
+_CLOSE = 0.99
+"""Least cosine of the states that graph and checkpoint give: rounding moves them a little."""
+_SAID = ("Where were you?", "On the train, asleep. I woke up at the sea!", "Oh no.")
+_INNER = "model."
+"""What the exported module calls the model inside it."""
+
+
+def write_checkpoint(bundle: Bundle, folder: Path) -> None:
+    """Write the model of a bundle as a checkpoint that `train fit` takes as a base.
+
+    Raises:
+        BundleError: it doesn't say what its architecture is, or its weights cannot be read back.
+        UsageError: its architecture asks to run code.
+    """
+    config = dict(bundle.info.architecture)
+    if not config:
+        raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
+    refuse_code(str(bundle.folder / files.MANIFEST), config)
+    labeler = Labeler(bundle)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False
+        ).eval()
+        fill(model, onnx.load(bundle.path(files.MODEL)), labeler.engine.scorer.head)
+        packed = PackedModel(model)
+        _compare(packed, labeler)
+    except ValueError as error:
+        raise BundleError(
+            f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
+        ) from error
+    tokenizer = _tokenizer(bundle)
+    with packed.whole() as whole:
+        whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:
+    """Put the weights of an exported graph, and the rows of its answers, into a model.
+
+    Raises:
+        ValueError: they don't fill it.
+    """
+    output = model.get_output_embeddings()
+    if output.weight is not model.get_input_embeddings().weight:
+        # What isn't an answer has no row in the bundle, and labels of one's own would need it.
+        raise ValueError("its output embedding is not its input embedding")
+    found = _parameters(model, graph)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter is output.bias:
+                parameter.zero_()
+                continue
+            if name not in found or found[name].shape != tuple(parameter.shape):
+                raise ValueError(f"{name} is not in its graph")
+            parameter.copy_(torch.from_numpy(np.array(found[name])))
+        rows = torch.from_numpy(head.tokens)
+        output.weight[rows] = torch.from_numpy(head.weight)
+        if output.bias is not None:
+            output.bias[rows] = torch.from_numpy(head.bias)
+
+
+def _parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
+    """Parameter -> its value, of those that are in the graph."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    for name in [name for name in constants if name.endswith("_int8")]:
+        table = name.removesuffix("_int8")
+        constants[table] = constants[name] * constants[f"{table}_scale"]
+    for node in graph.graph.node:
+        if node.op_type == "Identity" and node.input[0] in constants:  # parameters of equal value
+            constants[node.output[0]] = constants[node.input[0]]
+    found = {name.removeprefix(_INNER): value for name, value in constants.items()}
+    modules = dict(model.named_modules())
+    for output, weight in product_weights(graph).items():
+        module = output.strip("/").rpartition("/")[0].replace("/", ".").removeprefix(_INNER)
+        linear = isinstance(modules.get(module), nn.Linear)
+        found[f"{module}.weight"] = weight.T if linear else weight
+    return found
+
+
+def _compare(model: PackedModel, labeler: Labeler) -> None:
+    """See that the model gives what the bundle gives, on a few words.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    dialogue = Dialogue(tuple(Utterance(text, str(i % 2)) for i, text in enumerate(_SAID)), {})
+    questions = [Question(Task.EMOTION, t) for t in range(len(_SAID))]
+    (tree,) = labeler.engine.renderer.trees(dialogue, questions)
+    pack = join([(0, tree)])
+    rows = labeler.engine.scorer.head.tokens.tolist()
+    expected = labeler.engine.scorer.states(pack)
+    states = TorchScorer(model, rows).states(pack)
+    norms = np.linalg.norm(states, axis=1) * np.linalg.norm(expected, axis=1)
+    worst = float(((states * expected).sum(1) / norms).min())
+    if not worst >= _CLOSE:
+        raise ValueError(f"it does not compute the same (cosine {worst:.2f})")
+
+
+def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
+    """The bundle's tokenizer, with the bundle's control tokens.
+
+    Raises:
+        BundleError: they are not among its special tokens.
+    """
+    controls = bundle.info.controls
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path(files.TOKENIZER)))
+    backend = tokenizer.backend_tokenizer
+    named = {"bos_token": controls.start, "mask_token": controls.answer}
+    if control_tokens(backend, {}).separator != controls.separator:
+        named["sep_token"] = controls.separator
+    texts = {n: backend.id_to_token(ids[0]) for n, ids in named.items() if ids}
+    if control_tokens(backend, texts) != controls:
+        raise BundleError(f"{bundle.folder}: its tokenizer has no such control tokens: {controls}")
+    tokenizer.add_special_tokens(texts)
+    return tokenizer
