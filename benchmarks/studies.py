@@ -171,7 +171,7 @@ def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None)
             for figure in ("weighted_f1", "macro_f1"):
                 figures.setdefault(name, {}).setdefault(figure, []).append(found[figure])
         for epoch in described["epochs"]:
-            if epoch["train"]:
+            if "emotion" in epoch["losses"] and epoch["train"]:
                 both = (epoch["train"], epoch["valid"])
                 means = [statistics.mean(f["weighted_f1"] for f in d.values()) for d in both]
                 gaps.setdefault(epoch["epoch"], []).append(means[0] - means[1])
@@ -226,6 +226,8 @@ def main(
         recipe = read_recipe(recipe_file, settings, base=base, epochs=epochs, fraction=fraction)
         if not recipe.valid:
             raise UsageError("a study chooses epochs by [[valid]] data: name some in the recipe")
+        if "emotion" not in recipe.tasks:
+            raise UsageError("a study compares emotions: have them among the recipe's tasks")
         variants = STUDIES[name](recipe)
         outcomes = {
             variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)

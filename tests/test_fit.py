@@ -25,15 +25,19 @@ from ercbatch.bank import Demonstration, DemonstrationBank
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.labels import label_set
+from ercbatch.packs import join
+from ercbatch.prompts import template
+from ercbatch.records import read_dialogues
 from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.tree import Task
+from ercbatch.torch_scorer import TorchScorer
+from ercbatch.tree import Renderer, Task, Window, speaker_numbers
 from train.datasets import Dataset, Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable
 from train.recipe import Recipe, Source
 from train.run import load_run
-from train.samples import TASKS, Sampler, TrainingBank
-from train.validate import Validation
+from train.samples import TASKS, Sampler, TrainingBank, speaker_questions
+from train.validate import Validation, speaker_accuracy
 
 CHAT_DATA = Source(str(CHAT), "meld")
 
@@ -65,11 +69,13 @@ def test_speakers_are_learnt_first_and_the_rest_after(trained: Path) -> None:
     assert first["stage"] == "speaker"
     assert list(first["losses"]) == ["speaker"]
     assert {e["stage"] for e in rest} == {"emotion + impact"}
+    assert list(first["valid"]["meld"]) == ["speaker_accuracy"]
     assert all(e["valid"]["meld"]["weighted_f1"] >= 0 for e in rest)
     with (trained / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["weighted_f1"] == ""
+    assert rows[0]["weighted_f1"] == rows[1]["speaker_accuracy"] == ""
+    assert 0 < float(rows[0]["speaker_accuracy"]) < 1
     assert float(rows[-1]["weighted_f1"]) == pytest.approx(
         rest[-1]["valid"]["meld"]["weighted_f1"], abs=1e-5
     )
@@ -105,6 +111,56 @@ def test_a_speaker_question_is_answered_with_its_speaker(bert: Path) -> None:
     zero, one = (tokenizer.template(f" {name}")[0] for name in "01")
     assert answers == [zero, one, zero]
     assert (step.options.sum(1) == 2).all()
+
+
+def test_the_accuracy_of_the_speakers_is_that_of_single_prompts(bert: Path) -> None:
+    model, tokenizer = load_causal_lm(str(bert))
+    packed = PackedModel(model.eval())
+    scenes = [scene("oh no", "yes", "my train"), scene("thank you"), scene("late again", "where ?")]
+    three = Dialogue(
+        tuple(Utterance(text, name) for text, name in zip("abcd", "ABCA", strict=True))
+    )
+    scenes.append(Scene(three, (None,) * 4))
+    renderer = Renderer(tokenizer, template("compact"), Window(), label_set("meld").labels)
+    right = []
+    for one in scenes:
+        for question in speaker_questions(one):
+            (tree,) = renderer.trees(one.dialogue, [question])
+            trie = renderer.answers(question, one.dialogue)
+            scorer = TorchScorer(packed, trie.tokens)
+            ((_, t, logs),) = scorer.answers(join([(0, tree)]), trie)
+            right.append(int(logs.argmax()) == speaker_numbers(one.dialogue)[t])
+    assert len(right) == 3 + 0 + 2 + 4
+    found = speaker_accuracy(packed, renderer, dataset(*scenes), pack_tokens=64)
+    assert found == pytest.approx(np.mean(right))
+    assert 0 < found < 1
+    assert speaker_accuracy(packed, renderer, dataset(scene("thank you")), pack_tokens=64) is None
+
+
+def test_dialogues_without_labels_teach_who_speaks(bert: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    with chat.open("w") as file:
+        for _, dialogue in read_dialogues(CHAT):
+            said = [{"speaker": u.speaker, "text": u.text} for u in dialogue.utterances]
+            file.write(json.dumps({"utterances": said}) + "\n")
+    path = write_recipe(tmp_path, bert, tasks=["speaker"], speaker_epochs=2)
+    text = path.read_text()
+    path.write_text(text.replace(str(CHAT), str(chat)))
+    alone = python("-m", "train", "fit", path, "-o", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    run = json.loads((tmp_path / "alone" / "run.json").read_text())
+    reached = [e["valid"]["meld"]["speaker_accuracy"] for e in run["epochs"]]
+    assert reached[run["kept"] - 1] == max(reached)
+
+    table = f"[[train]]\npath = {json.dumps(str(chat))}\nlabels = 'meld'\n"
+    path.write_text(text.replace('["speaker"]', '["speaker", "emotion"]') + table)
+    beside = python("-m", "train", "fit", path, "-o", tmp_path / "beside")
+    assert beside.returncode == 0, beside.stderr
+    assert f"{chat}: no utterance has a `label`: for speakers alone" in beside.stderr
+    path.write_text(path.read_text().replace('["speaker", "emotion"]', '["emotion"]'))
+    refused = python("-m", "train", "fit", path, "-o", tmp_path / "refused")
+    assert refused.returncode == 4
+    assert "training needs labelled dialogues" in refused.stderr
 
 
 def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
@@ -209,7 +265,7 @@ def test_any_saved_state_leads_to_the_same_end(bert: Path) -> None:
             states.append(buffer.getvalue())
 
         hooks = Hooks(
-            evaluate=lambda: ({}, {}),
+            evaluate=lambda tasks: ({}, {}),
             keep=lambda figures: None,
             finished=lambda epochs: None,
             save=save,
@@ -330,7 +386,9 @@ def test_a_saved_adapter_gives_what_it_gave_in_training(
     found = Validation(merged.model, merged.tokenizer, merged.recipe, [read_dataset(CHAT_DATA)])
     kept = json.loads((run / "run.json").read_text())["kept"]
     valid = figures(run)[kept - 1]["valid"]["meld"]
-    assert found.figures()["meld"]["log_loss"] == pytest.approx(valid["log_loss"], abs=error)
+    assert found.figures([Task.EMOTION])["meld"]["log_loss"] == pytest.approx(
+        valid["log_loss"], abs=error
+    )
 
 
 def test_only_adapters_train_on_a_quantized_base(bert: Path, tmp_path: Path) -> None:

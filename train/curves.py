@@ -14,7 +14,7 @@ CSV, PNG = "curves.csv", "curves.png"
 def write_curves(folder: Path, epochs: Sequence[EpochFigures]) -> None:
     """Write `curves.csv` (one row for each epoch and dataset) and `curves.png`."""
     tasks = list(dict.fromkeys(task for e in epochs for task in e.losses))
-    figures = ("weighted_f1", "macro_f1", "accuracy", "log_loss")
+    figures = ("weighted_f1", "macro_f1", "accuracy", "log_loss", "speaker_accuracy")
     with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         losses = [f"{task}_loss" for task in tasks]
@@ -22,7 +22,7 @@ def write_curves(folder: Path, epochs: Sequence[EpochFigures]) -> None:
         for e in epochs:
             own = [e.epoch, e.stage, round(e.loss, 5), *(_rounded(e.losses.get(t)) for t in tasks)]
             rows = [
-                [*own, split, name, *(_rounded(found[figure]) for figure in figures)]
+                [*own, split, name, *(_rounded(found.get(figure)) for figure in figures)]
                 for split, datasets in (("valid", e.valid), ("train", e.train))
                 for name, found in datasets.items()
             ]
@@ -46,14 +46,13 @@ def _draw(path: Path, epochs: Sequence[EpochFigures], tasks: Sequence[str]) -> N
     left.set(xlabel="epoch", ylabel="loss in training (nats)")
     for style, split in (("-", "valid"), (":", "train")):
         for name in dict.fromkeys(n for e in epochs for n in getattr(e, split)):
-            points = [
-                (e.epoch, 100 * getattr(e, split)[name]["weighted_f1"])
-                for e in epochs
-                if name in getattr(e, split)
-            ]
-            label = name if split == "valid" else f"{name}, training data"
-            right.plot(*zip(*points, strict=True), style, marker="o", label=label)
-    right.set(xlabel="epoch", ylabel="weighted F1 (%)")
+            own = [(e.epoch, getattr(e, split).get(name, {})) for e in epochs]
+            for measure, what in (("weighted_f1", ""), ("speaker_accuracy", ", speakers")):
+                points = [(epoch, 100 * found[measure]) for epoch, found in own if measure in found]
+                if points:
+                    label = f"{name}{what}{'' if split == 'valid' else ', training data'}"
+                    right.plot(*zip(*points, strict=True), style, marker="o", label=label)
+    right.set(xlabel="epoch", ylabel="weighted F1; accuracy of speakers (%)")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.lines:

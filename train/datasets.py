@@ -46,6 +46,11 @@ class Dataset:
     scenes: tuple[Scene, ...]
 
     @property
+    def has_targets(self) -> bool:
+        """Whether an utterance has something to learn."""
+        return any(target is not None for scene in self.scenes for target in scene.targets)
+
+    @property
     def labelled(self) -> bool:
         """Whether an utterance has a gold label to be measured by."""
         return any(u.label is not None for s in self.scenes for u in s.dialogue.utterances)
@@ -55,8 +60,8 @@ class Dataset:
         return replace(self, scenes=self.scenes[:count])
 
 
-def read_dataset(source: Source) -> Dataset:
-    """Read a dataset.
+def read_dataset(source: Source, *, labelled: bool = True) -> Dataset:
+    """Read a dataset; one without any label too, unless it should be `labelled`.
 
     Raises:
         InputError: a bad line, a label outside the set, missing scores, no label, no dialogue.
@@ -70,11 +75,12 @@ def read_dataset(source: Source) -> Dataset:
     ]
     if not scenes:
         raise InputError(f"{source.path}: no dialogue in it: give labelled dialogues")
-    if not any(target is not None for scene in scenes for target in scene.targets):
+    dataset = Dataset(source, labels, tuple(scenes))
+    if labelled and not dataset.has_targets:
         raise InputError(
             f"{source.path}: no utterance has a `label`: training needs labelled dialogues"
         )
-    return Dataset(source, labels, tuple(scenes))
+    return dataset
 
 
 _Written = tuple[LabelSet, Mapping[str, str | None] | None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 
 from ercbatch.bundle import encoder_files
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import UsageError
+from ercbatch.errors import InputError, UsageError
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
 from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
+from ercbatch.tree import Task
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
 from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, told
@@ -106,11 +107,13 @@ def _fit(
     for_sample: dict[str, Retriever] = {}
     if recipe.demonstrations or recipe.demonstrations_shown:
         encoder = SentenceEncoder(*encoder_files(recipe.encoder), threads=available_threads())
-        banks = {i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train)}
+        banks = {
+            i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train) if d.has_targets
+        }
         # A demonstration shows a label: of the dialogues that are measured it must show none.
         said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
-        for name in {d.labels.name for d in data.train}:
-            own = [banks[i].bank for i, d in enumerate(data.train) if d.labels.name == name]
+        for name in {data.train[i].labels.name for i in banks}:
+            own = [bank.bank for i, bank in banks.items() if data.train[i].labels.name == name]
             retrievers[name] = Retriever(encoder, joined(own))
             for_sample[name] = Retriever(encoder, joined(own, said))
     sampler = Sampler(recipe, data.train, tokenizer, banks)
@@ -130,8 +133,8 @@ def _fit(
             (folder / name).unlink(missing_ok=True)
     kept = 0 if state is None else int(state["kept"])
 
-    def evaluate() -> tuple[Figures, Figures]:
-        return validation.figures(), sample.figures()
+    def evaluate(tasks: Collection[Task]) -> tuple[Figures, Figures]:
+        return validation.figures(tasks), sample.figures(tasks)
 
     def keep(figures: EpochFigures) -> None:
         nonlocal kept
@@ -172,7 +175,7 @@ def _fit(
         outcome["kept"] = kept
         if data.test:
             _load_kept(packed, adapter, folder)
-            outcome["test"] = test.figures()
+            outcome["test"] = test.figures(recipe.stages[-1].tasks)
             report(f"epoch {kept} is kept; {told(outcome['test'])}")
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
@@ -207,10 +210,19 @@ def _silent(_text: str) -> None:
 
 
 def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
-    datasets, valid, test = (
-        [read_dataset(source) for source in sources]
-        for sources in (recipe.train, recipe.valid, recipe.test)
+    speakers = Task.SPEAKER.value in recipe.tasks
+    emotions = any(task is not Task.SPEAKER for stage in recipe.stages for task in stage.tasks)
+    datasets = [read_dataset(source, labelled=not speakers) for source in recipe.train]
+    valid, test = (
+        [read_dataset(source, labelled=emotions) for source in sources]
+        for sources in (recipe.valid, recipe.test)
     )
+    if emotions and not any(dataset.has_targets for dataset in datasets):
+        files = ", ".join(source.path for source in recipe.train)
+        raise InputError(f"{files}: no utterance has a `label`: emotions are learnt from labels")
+    for dataset in datasets:
+        if emotions and not dataset.has_targets:
+            report(f"{dataset.source.path}: no utterance has a `label`: for speakers alone")
     held_out = [*valid, *test]
     if recipe.exclude_overlap:
         datasets = [without_overlap(d, held_out, recipe.exclude_overlap) for d in datasets]

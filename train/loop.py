@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.torch_model import PackedModel
+from ercbatch.tree import Task
 from train.average import Average
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step
 
 _TOLD_EVERY = 15.0
 """Seconds between two lines of progress."""
+
+_TOLD = {
+    "weighted_f1": "weighted F1 {:.2%}",
+    "macro_f1": "macro {:.2%}",
+    "log_loss": "log loss {:.3f}",
+    "speaker_accuracy": "speakers {:.2%}",
+}
+"""How progress tells the figures that it tells."""
 
 Figures = Mapping[str, Mapping[str, float]]
 """Name of a dataset -> its figures."""
@@ -42,7 +51,7 @@ class EpochFigures:
     """What one epoch came to.
 
     `losses` maps the stage's tasks to their mean losses, `valid` validation datasets to their
-    figures, `train` training datasets to those on a sample of them.
+    figures (see `Validation.figures`), `train` training datasets to those on a sample of them.
     """
 
     epoch: int
@@ -56,8 +65,13 @@ class EpochFigures:
 
     @property
     def score(self) -> float:
-        """What the best epoch is chosen by: the mean weighted F1 over the validation datasets."""
-        return sum(f["weighted_f1"] for f in self.valid.values()) / max(1, len(self.valid))
+        """What the best epoch is chosen by: the mean weighted F1 over the validation datasets, in a
+        stage without emotions the mean accuracy of the speakers."""
+        for figure in ("weighted_f1", "speaker_accuracy"):
+            values = [f[figure] for f in self.valid.values() if figure in f]
+            if values:
+                return sum(values) / len(values)
+        return 0.0
 
 
 @dataclass(slots=True)
@@ -128,8 +142,8 @@ class Objective(nn.Module):
 class Hooks:
     """What the loop calls; `evaluate`, `keep`, `finished` and `save` in the main process only."""
 
-    evaluate: Callable[[], tuple[Figures, Figures]]
-    """Validation and training figures."""
+    evaluate: Callable[[Collection[Task]], tuple[Figures, Figures]]
+    """Validation and training figures of these tasks."""
     keep: Callable[[EpochFigures], None]
     """Called with the weights in place whenever an epoch is the best so far."""
     finished: Callable[[Sequence[EpochFigures]], None]
@@ -310,9 +324,8 @@ class Fitting:
         )
         with self._average.applied() if self._average is not None else nullcontext():
             if self._accelerator.is_main_process:
-                if "emotion" in figures.losses:
-                    valid, train = hooks.evaluate()
-                    figures = replace(figures, valid=valid, train=train)
+                valid, train = hooks.evaluate(stage.tasks)
+                figures = replace(figures, valid=valid, train=train)
                 rivals = [f for f in progress.finished if f.stage == figures.stage and f.valid]
                 if figures.score >= max((f.score for f in rivals), default=0.0):
                     hooks.keep(figures)
@@ -382,8 +395,7 @@ def _set_generators(states: Sequence[Tensor]) -> None:
 def told(figures: Figures) -> str:
     """Figures in words."""
     return "; ".join(
-        f"{name}: weighted F1 {100 * f['weighted_f1']:.2f}, macro {100 * f['macro_f1']:.2f}, "
-        f"log loss {f['log_loss']:.3f}"
+        f"{name}: {', '.join(words.format(f[k]) for k, words in _TOLD.items() if k in f)}"
         for name, f in figures.items()
     )
 

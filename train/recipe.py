@@ -29,7 +29,8 @@ class Source:
 
     path: str
     labels: str
-    """The label set to learn: a built-in name, or a JSON file with name, labels and aliases."""
+    """The label set to learn: a built-in name, or a JSON file with name, labels and aliases. A file
+    without any label teaches who speaks, and nothing else."""
     written: str = ""
     """The label set that the file's labels belong to, where it is another one: they are mapped."""
     mapping: str = ""

@@ -136,7 +136,7 @@ class Sampler:
                 self._renderers[i, False].answers(question, scene.dialogue)
                 for i, dataset in enumerate(datasets)
                 for scene in dataset.scenes
-                for question in _speaker_questions(scene)[:1]
+                for question in speaker_questions(scene)[:1]
             ]
         self.answer_tokens = tuple(sorted({token for trie in tries for token in trie.tokens}))
         self._column = {token: i for i, token in enumerate(self.answer_tokens)}
@@ -205,7 +205,7 @@ class Sampler:
             if Task.IMPACT in tasks and t > 0:
                 questions.append(Question(Task.IMPACT, t))
         if Task.SPEAKER in tasks:
-            questions += _speaker_questions(scene)
+            questions += speaker_questions(scene)
         return questions
 
     def _step(self, packs: Sequence[Pack], drawn: Sequence[tuple[int, Scene]]) -> Step:
@@ -238,7 +238,7 @@ class Sampler:
         return target * self._class_weights[i]
 
 
-def _speaker_questions(scene: Scene) -> list[Question]:
+def speaker_questions(scene: Scene) -> list[Question]:
     """Who said each utterance; none where there are not two to choose from."""
     if len(set(speaker_numbers(scene.dialogue))) < 2:
         return []

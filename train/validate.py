@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ercbatch.answers import AnswerTrie
 from ercbatch.evaluate import f1_figures
+from ercbatch.packs import pack
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Renderer
-from train.datasets import Dataset
+from ercbatch.tree import Renderer, Task, speaker_numbers
+from train.datasets import Dataset, Scene
 from train.recipe import Recipe, distinct_names
+from train.samples import speaker_questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,30 @@ class Predictions:
             "accuracy": accuracy,
             "log_loss": log_loss,
         }
+
+
+def speaker_accuracy(
+    model: PackedModel, renderer: Renderer, dataset: Dataset, pack_tokens: int
+) -> float | None:
+    """How often the model tells who speaks; None where no dialogue has two speakers."""
+    alike: dict[AnswerTrie, list[Scene]] = {}
+    for scene in dataset.scenes:
+        questions = speaker_questions(scene)
+        if questions:
+            trie = renderer.answers(questions[0], scene.dialogue)
+            alike.setdefault(trie, []).append(scene)
+    right = []
+    for trie, scenes in alike.items():
+        scorer = TorchScorer(model, trie.tokens)
+        trees = (
+            (i, tree)
+            for i, scene in enumerate(scenes)
+            for tree in renderer.trees(scene.dialogue, speaker_questions(scene))
+        )
+        for packed in pack(trees, pack_tokens):
+            for i, utterance, logs in scorer.answers(packed, trie):
+                right.append(speaker_numbers(scenes[i].dialogue)[utterance] == logs.argmax())
+    return float(np.mean(right)) if right else None
 
 
 def predict(engine: Engine, dataset: Dataset) -> Predictions:
@@ -80,15 +107,21 @@ class Validation:
             for name, d in zip(_names(datasets), datasets, strict=True)
         ]
 
-    def figures(self) -> dict[str, dict[str, float]]:
-        """Figures by dataset, with the model as it is now."""
+    def figures(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
+        """Figures by dataset, with the model as it is now: those of `Predictions` for emotions,
+        `speaker_accuracy` for speakers."""
         self._model.eval()
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for name, dataset, renderer in self._datasets:
-            scorer = TorchScorer(self._model, renderer.trie.tokens)
-            retriever = self._retrievers.get(dataset.labels.name)
-            engine = Engine(scorer, renderer, 1.0, self._pack_tokens, retriever, self._shown)
-            found[name] = predict(engine, dataset).figures()
+            if Task.EMOTION in tasks and dataset.labelled:
+                scorer = TorchScorer(self._model, renderer.trie.tokens)
+                retriever = self._retrievers.get(dataset.labels.name)
+                engine = Engine(scorer, renderer, 1.0, self._pack_tokens, retriever, self._shown)
+                found[name] = predict(engine, dataset).figures()
+            if Task.SPEAKER in tasks:
+                accuracy = speaker_accuracy(self._model, renderer, dataset, self._pack_tokens)
+                if accuracy is not None:
+                    found.setdefault(name, {})["speaker_accuracy"] = accuracy
         return found
 
 
