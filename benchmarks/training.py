@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from accelerate import Accelerator
 
+from ercbatch.cli import Failure
+from ercbatch.errors import ErcbatchError
 from ercbatch.packs import Pack
 from ercbatch.torch_model import Batch, collate
 from ercbatch.tree import Task, visible
@@ -34,7 +37,9 @@ _BATCH = 32
 
 
 def separate(step: Step) -> list[Step]:
-    """The step's questions as ordinary prompts, in batches."""
+    """The step's questions as ordinary prompts, in batches; where the step lies."""
+    device = step.batch.tokens.device
+    step = step.to(torch.device("cpu"))
     tokens, _, ends, reads = (tensor.numpy() for tensor in step.batch)
     sees = visible(ends)
     prompts = []
@@ -49,7 +54,8 @@ def separate(step: Step) -> list[Step]:
         ends_at = [j * batch.tokens.shape[1] + len(prompts[i]) - 1 for j, i in enumerate(rows)]
         batch = Batch(batch.tokens, batch.positions, batch.ends, torch.tensor(ends_at))
         rest = (step.options, step.targets, step.weights, step.tasks)
-        steps.append(Step(batch, *(tensor[torch.from_numpy(rows)] for tensor in rest)))
+        part = Step(batch, *(tensor[torch.from_numpy(rows)] for tensor in rest))
+        steps.append(part.to(device))
     return steps
 
 
@@ -64,7 +70,7 @@ def step_loss(objective: Objective, step: Step, weights: torch.Tensor) -> float:
     objective.eval()
     with torch.no_grad():
         whole = float((objective(step) * weights).sum())
-        totals = torch.zeros(2, len(TASKS))
+        totals = torch.zeros(2, len(TASKS), device=weights.device)
         for part in separate(step):
             counted = torch.stack(
                 [(part.weights * (part.tasks == i)).sum() for i in range(len(TASKS))]
@@ -75,15 +81,22 @@ def step_loss(objective: Objective, step: Step, weights: torch.Tensor) -> float:
 
 
 def train_on(
-    objective: Objective, optimizer: torch.optim.Optimizer, steps: list[Step], weights: torch.Tensor
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    steps: list[Step],
+    weights: torch.Tensor,
+    accelerator: Accelerator,
 ) -> float:
     """Seconds of forward, backward and update over these steps."""
     objective.train()
     began = time.perf_counter()
     for step in steps:
-        (objective(step) * weights).sum().backward()
+        with accelerator.autocast():
+            loss = (objective(step) * weights).sum()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        loss.item()  # a GPU has finished only then
     return time.perf_counter() - began
 
 
@@ -94,29 +107,48 @@ def train_on(
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--bf16/--no-bf16", default=False)
 def main(recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: bool) -> None:
-    """Measure with the last stage of RECIPE_FILE."""
+    """Measure with the last stage of RECIPE_FILE, on a GPU where there is one."""
+    try:
+        result = measure(recipe_file, base, steps, rounds, bf16)
+    except ErcbatchError as error:
+        raise Failure(error) from error
+    for name, value in result.items():
+        click.echo(f"{name.replace('_', ' '):32}{value}")
+    click.echo(json.dumps(result))
+
+
+def measure(
+    recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: bool
+) -> Mapping[str, int | float | str]:
+    """The figures, by name.
+
+    Raises:
+        ErcbatchError: what `train fit` refuses.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    device = accelerator.device
     recipe = replace(read_recipe(recipe_file, base=base), demonstrations=0.0)
     stage = recipe.stages[-1]
-    packed, _, tokenizer = load_trainable(recipe, torch.device("cpu"), bfloat16=bf16)
+    packed, _, tokenizer = load_trainable(recipe, device, bfloat16=bf16)
     sampler = Sampler(recipe, [read_dataset(s) for s in recipe.train], tokenizer, {})
     epoch = sampler.epoch(1, stage.tasks)
-    chosen: Iterator[Step] = (epoch[i] for i in range(min(steps, len(epoch))))
+    chosen: Iterator[Step] = (epoch[i].to(device) for i in range(min(steps, len(epoch))))
     together = list(chosen)
     apart = [part for step in together for part in separate(step)]
-    objective = Objective(packed, sampler.answer_tokens, 0.0)
-    weights = torch.tensor([stage.weights.get(task, 0.0) for task in TASKS])
+    objective = Objective(packed, sampler.answer_tokens, 0.0).to(device)
+    weights = torch.tensor([stage.weights.get(task, 0.0) for task in TASKS], device=device)
     difference = step_loss(objective, together[0], weights)
     optimizer = torch.optim.AdamW([p for p in packed.parameters() if p.requires_grad], lr=0.0)
     seconds: dict[str, list[float]] = {"packed": [], "separate": []}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        train_on(objective, optimizer, together[:1], weights)
-        for _ in range(rounds):
-            seconds["packed"].append(train_on(objective, optimizer, together, weights))
-            seconds["separate"].append(train_on(objective, optimizer, apart, weights))
+    for part in (together[:1], apart[:1]):
+        train_on(objective, optimizer, part, weights, accelerator)
+    for _ in range(rounds):
+        for kind, own in (("packed", together), ("separate", apart)):
+            seconds[kind].append(train_on(objective, optimizer, own, weights, accelerator))
     emotion = TASKS.index(Task.EMOTION)
     count = sum(int((step.tasks == emotion).sum()) for step in together)
     ratios = [s / p for s, p in zip(seconds["separate"], seconds["packed"], strict=True)]
-    result = {
+    return {
         "utterances": count,
         "tasks": str(stage),
         "packed_per_second": round(count / statistics.median(seconds["packed"]), 1),
@@ -126,10 +158,8 @@ def main(recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: boo
         "tokens_per_utterance_separate": round(_tokens(apart) / count, 1),
         "first_step_loss_difference": difference,
         "threads": torch.get_num_threads(),
+        "device": device.type,
     }
-    for name, value in result.items():
-        click.echo(f"{name.replace('_', ' '):32}{value}")
-    click.echo(json.dumps(result))
 
 
 def _tokens(steps: list[Step]) -> int:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.tokens import SegmentTokenizer
-from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
 from train.adapter import add_lora
 from train.dropout import dropout_settings
 from train.recipe import Recipe
@@ -30,6 +30,7 @@ def load_trainable(
         UsageError: not a causal language model, or LoRA targets that match nothing.
         MissingExtraError: bitsandbytes is asked for and missing.
     """
+    check_config(recipe.base)
     settings: dict[str, Any] = dropout_settings(recipe)
     frozen = recipe.method == "lora"
     if recipe.load != "full":
