@@ -173,7 +173,10 @@ def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None)
         for epoch in described["epochs"]:
             if "emotion" in epoch["losses"] and epoch["train"]:
                 both = (epoch["train"], epoch["valid"])
-                means = [statistics.mean(f["weighted_f1"] for f in d.values()) for d in both]
+                means = [
+                    statistics.mean(f["weighted_f1"] for f in d.values() if "weighted_f1" in f)
+                    for d in both
+                ]
                 gaps.setdefault(epoch["epoch"], []).append(means[0] - means[1])
     return Outcome(figures, gaps)
 

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError
+from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.packs import Pack
 from ercbatch.torch_model import Batch, collate
 from ercbatch.tree import Task, visible
@@ -103,8 +103,14 @@ def train_on(
 @click.command()
 @click.argument("recipe_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--base", help="Another base than the recipe's.")
-@click.option("--steps", default=4, show_default=True, help="Packed steps of each round.")
-@click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Packed steps of each round.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--bf16/--no-bf16", default=False)
 def main(recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: bool) -> None:
     """Measure with the last stage of RECIPE_FILE, on a GPU where there is one."""
@@ -130,10 +136,16 @@ def measure(
     recipe = replace(read_recipe(recipe_file, base=base), demonstrations=0.0)
     stage = recipe.stages[-1]
     packed, _, tokenizer = load_trainable(recipe, device, bfloat16=bf16)
-    sampler = Sampler(recipe, [read_dataset(s) for s in recipe.train], tokenizer, {})
+    sampler = Sampler(
+        recipe, [read_dataset(s, labelled=False) for s in recipe.train], tokenizer, {}
+    )
     epoch = sampler.epoch(1, stage.tasks)
     chosen: Iterator[Step] = (epoch[i].to(device) for i in range(min(steps, len(epoch))))
     together = list(chosen)
+    emotion = TASKS.index(Task.EMOTION)
+    count = sum(int((step.tasks == emotion).sum()) for step in together)
+    if not count:
+        raise UsageError("no utterance to count by: have emotion among the recipe's tasks")
     apart = [part for step in together for part in separate(step)]
     objective = Objective(packed, sampler.answer_tokens, 0.0).to(device)
     weights = torch.tensor([stage.weights.get(task, 0.0) for task in TASKS], device=device)
@@ -145,8 +157,6 @@ def measure(
     for _ in range(rounds):
         for kind, own in (("packed", together), ("separate", apart)):
             seconds[kind].append(train_on(objective, optimizer, own, weights, accelerator))
-    emotion = TASKS.index(Task.EMOTION)
-    count = sum(int((step.tasks == emotion).sum()) for step in together)
     ratios = [s / p for s, p in zip(seconds["separate"], seconds["packed"], strict=True)]
     return {
         "utterances": count,

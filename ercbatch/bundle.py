@@ -168,6 +168,8 @@ def encoder_files(source: str) -> tuple[Path, Path]:
     """
     folder = Path(source)
     if (folder / ENCODER).exists() and not (folder / MANIFEST).exists():
+        if not (folder / ENCODER_TOKENIZER).exists():
+            raise BundleError(f"{folder}: has no {ENCODER_TOKENIZER}: run `export encoder` again")
         return folder / ENCODER, folder / ENCODER_TOKENIZER
     bundle = open_bundle(find_bundle(source))
     return bundle.path(ENCODER), bundle.path(ENCODER_TOKENIZER)

@@ -216,14 +216,17 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
 
 @main.command()
 @click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--label-set", help="Built-in label set; default: the smallest that fits.")
+@click.option(
+    "--label-set",
+    help="A built-in label set, or a JSON file of your own; default: the smallest that fits.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
     """Compare labels with the gold labels in the same file."""
     with _errors():
         from ercbatch.evaluate import evaluate as evaluate_records
         from ercbatch.evaluate import print_evaluation
-        from ercbatch.labels import label_set as find_label_set
+        from ercbatch.labels import find_label_set
         from ercbatch.records import read_dialogues
 
         records = (dialogue.record for _, dialogue in read_dialogues(labelled))

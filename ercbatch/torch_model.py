@@ -47,12 +47,15 @@ def refuse_code(place: str, config: Mapping[str, Any]) -> None:
         UsageError: it does.
     """
     for key, value in config.items():
-        # `auto_map` names code to import, `_attn_implementation*` a kernel to fetch and run
-        # (CVE-2026-4372). Neither has a place in a file of data; a flag names nothing.
-        if key == "auto_map" or (
-            key.startswith("_attn_implementation") and not isinstance(value, bool)
-        ):
+        # `auto_map` names code to import, `attn_implementation` a kernel to fetch and run
+        # (CVE-2026-4372), in the configuration of a part too. Neither has a place in a file of
+        # data; a flag names nothing.
+        kernel = key.lstrip("_").startswith("attn_implementation")
+        if key == "auto_map" or (kernel and not isinstance(value, bool | None)):
             raise UsageError(f"{place} has {key!r}, which asks to run code: refused")
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Mapping):
+                refuse_code(place, part)
 
 
 def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]:

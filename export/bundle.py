@@ -17,6 +17,7 @@ from ercbatch import bundle as files
 from ercbatch.bank import build_bank, read_examples
 from ercbatch.bundle import BundleInfo, encoder_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import UsageError
 from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labels import LabelSet
 from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
@@ -67,15 +68,24 @@ def export_bundle(
     """Write the bundle of a run loaded with `EXPORTED`; a summary of what was measured."""
     recipe, model, tokenizer = run.recipe, run.model, run.tokenizer
     encoder_model, encoder_tokenizer = encoder_files(options.encoder)
-    sets = tuple({source.labels: source.label_set() for source in recipe.train}.values())
+    taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
+    if not taught:
+        raise UsageError("the run has learnt no labels: there is nothing to label with")
+    sets = tuple({source.labels: source.label_set() for source in taught}.values())
     wording = template(recipe.template)
     renderers = {s.name: Renderer(tokenizer, wording, recipe.window, s.labels) for s in sets}
     tokens = sorted({token for r in renderers.values() for token in r.trie.tokens})
     head = model.answer_head(tokens)
     held_out = [read_dataset(source) for source in recipe.valid]
+    for dataset in held_out:
+        if dataset.labels.name not in renderers:
+            raise UsageError(
+                f"{dataset.source.path}: the run has not learnt the labels of "
+                f"{dataset.labels.name}: a bundle is measured on labels that it has"
+            )
     graph = export_scorer(model)
     if options.quantize == "int8":
-        quantize_graph(graph, samples=_samples(renderers[sets[0].name], recipe.train[0]))
+        quantize_graph(graph, samples=_samples(renderers[sets[0].name], taught[0]))
         sum_softmax_in_double(graph)
     lines: list[str] = []
 
@@ -128,6 +138,8 @@ def export_bundle(
         (part / files.CARD).write_text(_card(info, sets), encoding="utf-8")
         return info
 
+    if not held_out:
+        lines.append("warning: no [[valid]] data in the recipe: confidences are not calibrated")
     write_bundle(folder, fill, force=force)
     return "\n".join(lines)
 
@@ -171,7 +183,12 @@ def _figures(found: Predictions, reference: Predictions) -> tuple[float, dict[st
 
 
 def fit_temperature(logs: np.ndarray, gold: np.ndarray) -> float:
-    """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels]."""
+    """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels].
+
+    1 where there are none.
+    """
+    if not len(gold):
+        return 1.0
     grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
     losses = [
         -np.log(calibrated(logs, float(t))[np.arange(len(gold)), gold].clip(1e-12)).mean()

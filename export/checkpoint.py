@@ -35,6 +35,8 @@ _CLOSE = 0.99
 _SAID = ("Where were you?", "On the train, asleep. I woke up at the sea!", "Oh no.")
 _INNER = "model."
 """What the exported module calls the model inside it."""
+_ODD = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers and torch raise at a configuration, or weights, that make no model."""
 
 
 def write_checkpoint(bundle: Bundle, folder: Path) -> None:
@@ -56,11 +58,11 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
         fill(model, onnx.load(bundle.path(files.MODEL)), labeler.engine.scorer.head)
         packed = PackedModel(model)
         _compare(packed, labeler)
-    except ValueError as error:
+        tokenizer = _tokenizer(bundle)
+    except _ODD as error:
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
-    tokenizer = _tokenizer(bundle)
     with packed.whole() as whole:
         whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -94,7 +96,7 @@ def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:
 def _parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
     """Parameter -> its value, of those that are in the graph."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    for name in [name for name in constants if name.endswith("_int8")]:
+    for name in [n for n in constants if n.startswith(_INNER) and n.endswith("_int8")]:
         table = name.removesuffix("_int8")
         constants[table] = constants[name] * constants[f"{table}_scale"]
     for node in graph.graph.node:
@@ -117,8 +119,7 @@ def _compare(model: PackedModel, labeler: Labeler) -> None:
     """
     dialogue = Dialogue(tuple(Utterance(text, str(i % 2)) for i, text in enumerate(_SAID)), {})
     questions = [Question(Task.EMOTION, t) for t in range(len(_SAID))]
-    (tree,) = labeler.engine.renderer.trees(dialogue, questions)
-    pack = join([(0, tree)])
+    pack = join([(0, tree) for tree in labeler.engine.renderer.trees(dialogue, questions)])
     rows = labeler.engine.scorer.head.tokens.tolist()
     expected = labeler.engine.scorer.states(pack)
     states = TorchScorer(model, rows).states(pack)
@@ -140,7 +141,7 @@ def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
     named = {"bos_token": controls.start, "mask_token": controls.answer}
     if control_tokens(backend, {}).separator != controls.separator:
         named["sep_token"] = controls.separator
-    texts = {n: backend.id_to_token(ids[0]) for n, ids in named.items() if ids}
+    texts = {n: backend.id_to_token(ids[0]) or "" for n, ids in named.items() if ids}
     if control_tokens(backend, texts) != controls:
         raise BundleError(f"{bundle.folder}: its tokenizer has no such control tokens: {controls}")
     tokenizer.add_special_tokens(texts)

@@ -106,6 +106,8 @@ def product_weights(model: ModelProto) -> dict[str, Array]:
             weight[constants[places]] = constants[f"{name}_columns"]
             output = users[output].output[0]
             del weights[floats.output[0]]
+        if output.startswith(f"{name}_"):  # a bias comes last
+            output = users[output].output[0]
         weights[output] = weight
     return weights
 

@@ -153,11 +153,23 @@ def test_dialogues_without_labels_teach_who_speaks(bert: Path, tmp_path: Path) -
     assert reached[run["kept"] - 1] == max(reached)
 
     table = f"[[train]]\npath = {json.dumps(str(chat))}\nlabels = 'meld'\n"
-    path.write_text(text.replace('["speaker"]', '["speaker", "emotion"]') + table)
+    mixed = text.replace("[[train]]", f"{table}[[train]]", 1)
+    path.write_text(mixed.replace('["speaker"]', '["speaker", "emotion"]'))
     beside = python("-m", "train", "fit", path, "-o", tmp_path / "beside")
     assert beside.returncode == 0, beside.stderr
     assert f"{chat}: no utterance has a `label`: for speakers alone" in beside.stderr
     path.write_text(path.read_text().replace('["speaker", "emotion"]', '["emotion"]'))
+    made = python(
+        *("-m", "export", "bundle", tmp_path / "beside", "-o", tmp_path / "b", "--name", "x"),
+        *("--encoder", "mini", "--examples", CHAT, "--licence", "x"),
+    )
+    assert made.returncode == 0, made.stderr
+    none = python(
+        *("-m", "export", "bundle", tmp_path / "alone", "-o", tmp_path / "no", "--name", "x"),
+        *("--encoder", "mini", "--examples", CHAT, "--licence", "x"),
+    )
+    assert none.returncode == 2
+    assert "has learnt no labels" in none.stderr
     refused = python("-m", "train", "fit", path, "-o", tmp_path / "refused")
     assert refused.returncode == 4
     assert "training needs labelled dialogues" in refused.stderr
@@ -396,6 +408,35 @@ def test_only_adapters_train_on_a_quantized_base(bert: Path, tmp_path: Path) -> 
     done = python("-m", "train", "fit", path, "-o", tmp_path / "run", "--load", "nf4", "--full")
     assert done.returncode == 2
     assert "is for LoRA" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])  # with biases and without
+def test_gradients_pass_a_quantized_base_that_was_evaluated(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_model(tmp_path, kind)
+    wanted = dataclasses.replace(recipe(load="nf4", lora_dropout=0.0), base=str(base))
+    packed, _, tokenizer = load_trainable(wanted, torch.device("cpu"), bfloat16=False)
+    sampler = Sampler(wanted, [dataset(scene("oh no", "my train"))], tokenizer, {})
+    step = sampler.epoch(1, [Task.EMOTION])[0]
+    objective = Objective(packed, sampler.answer_tokens, 0.0)
+    first = next(p for p in packed.parameters() if p.requires_grad and p.ndim > 1)
+    torch.nn.init.ones_(next(p for n, p in packed.named_parameters() if "lora_B" in n))
+
+    def gradient() -> torch.Tensor:
+        packed.zero_grad()
+        objective.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            objective(step).sum().backward()
+        assert first.grad is not None
+        return first.grad.clone()
+
+    before = gradient()
+    objective.eval()
+    with torch.no_grad():
+        objective(step)
+    assert before.abs().max() > 0
+    assert torch.allclose(gradient(), before, rtol=1e-3, atol=1e-6)
 
 
 def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:

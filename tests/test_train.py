@@ -142,9 +142,14 @@ def test_data_without_dialogues_or_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -> None:
-    for key in ("auto_map", "_attn_implementation_internal"):
+    evil: list[dict[str, Any]] = [
+        {key: "evil"}
+        for key in ("auto_map", "_attn_implementation_internal", "attn_implementation")
+    ]
+    evil += [{"vision_config": evil[2]}, {"parts": [{"deeper": evil[1]}]}]
+    for asking in evil:
         value = json.loads((bert / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**value, key: "evil"}))
+        (tmp_path / "config.json").write_text(json.dumps({**value, **asking}))
         with pytest.raises(UsageError, match="asks to run code"):
             load_causal_lm(str(tmp_path))
 

@@ -48,12 +48,12 @@ class Dataset:
     @property
     def has_targets(self) -> bool:
         """Whether an utterance has something to learn."""
-        return any(target is not None for scene in self.scenes for target in scene.targets)
+        return any(scene.asked for scene in self.scenes)
 
     @property
     def labelled(self) -> bool:
-        """Whether an utterance has a gold label to be measured by."""
-        return any(u.label is not None for s in self.scenes for u in s.dialogue.utterances)
+        """Whether an utterance with a text has a gold label, to be measured by."""
+        return any(s.dialogue.utterances[t].label is not None for s in self.scenes for t in s.said)
 
     def first(self, count: int) -> Dataset:
         """The dataset of its first dialogues."""
@@ -125,7 +125,13 @@ def _scores(value: object, labels: LabelSet, place: str) -> Target:
             f"{place}: an utterance has no `scores` over the label set {labels.name}: "
             "run `python -m train teach` first"
         )
-    return np.array([value[label] for label in labels.labels], dtype=np.float32)
+    try:
+        scores = np.array([value[label] for label in labels.labels], dtype=np.float32)
+    except (TypeError, ValueError):
+        scores = np.full(len(labels), np.nan, dtype=np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(f"{place}: `scores` has what is no number: run `python -m train teach`")
+    return scores
 
 
 def without_overlap(dataset: Dataset, held_out: Sequence[Dataset], letters: int) -> Dataset:

@@ -120,7 +120,6 @@ def _fit(
 
     validation = Validation(packed, tokenizer, recipe, data.valid, retrievers)
     test = Validation(packed, tokenizer, recipe, data.test, retrievers)
-    sampled = [d for d in sampled if d.labelled]
     sample = Validation(packed, tokenizer, recipe, sampled, for_sample)
     described = {
         **description(recipe, tokenizer),
@@ -217,6 +216,11 @@ def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
         [read_dataset(source, labelled=emotions) for source in sources]
         for sources in (recipe.valid, recipe.test)
     )
+    for dataset in (*valid, *test):
+        if emotions and not dataset.labelled:
+            raise InputError(
+                f"{dataset.source.path}: no utterance has a `label` of its own to be measured by"
+            )
     if emotions and not any(dataset.has_targets for dataset in datasets):
         files = ", ".join(source.path for source in recipe.train)
         raise InputError(f"{files}: no utterance has a `label`: emotions are learnt from labels")

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.tokens import SegmentTokenizer
@@ -38,6 +38,11 @@ def load_trainable(
     elif frozen and bfloat16 and device.type == "cuda":
         settings["dtype"] = torch.bfloat16  # weights that are not trained lose nothing by it here
     model, tokenizer = load_causal_lm(recipe.base, **settings)
+    for module in model.modules():
+        # In evaluation bitsandbytes would pack its weights for a CPU's inference kernel, through
+        # which no gradient passes when training goes on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if recipe.load != "full":
         from peft import prepare_model_for_kbit_training
 
@@ -105,6 +110,9 @@ def check_memory(recipe: Recipe, *, bfloat16: bool) -> None:
 
 def _sizes(folder: Path) -> Iterator[int]:
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118  # it has no __iter__
-                yield math.prod(file.get_slice(name).get_shape())
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  # it has no __iter__
+                    yield math.prod(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UsageError(f"{path}: no whole file of weights ({error}): get it again") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -289,7 +290,7 @@ def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> R
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
     for key in ("base", "encoder"):
         if isinstance(values.get(key), str) and (path.parent / values[key]).exists():
-            values[key] = str(path.parent / values[key])
+            values[key] = os.path.join(path.parent, values[key])  # "./mini" is not "mini"
     _check_tables(path, values)
     for table in (table for kind in _DATA for table in values.get(kind, ())):
         for key in ("path", "labels", "written", "mapping"):

@@ -118,7 +118,7 @@ def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     sources = (*recipe.train, *recipe.valid, *recipe.test)
     others = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
     others |= {str(path) for path in Path(recipe.base).glob("*.safetensors")}  # none: on the hub
-    if recipe.encoder:
+    if recipe.encoder and (recipe.demonstrations or recipe.demonstrations_shown):
         others |= set(map(str, encoder_files(recipe.encoder)))
     return {
         "recipe": recipe.to_json(),

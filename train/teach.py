@@ -55,7 +55,7 @@ def teach(
     teachers = np.zeros(len(dialogues), dtype=int)
     for folder in runs:
         run = load_run(folder)
-        asked = [n for n in range(len(dialogues)) if not _fitted_on(run, sha256, labels, n)]
+        asked = [n for n, d in enumerate(dialogues) if not _fitted_on(run, sha256, labels, n, d)]
         report(f"{folder}: {len(asked):,} of {len(dialogues):,} dialogues")
         teachers[asked] += 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,11 +75,15 @@ def teach(
     return len(dialogues)
 
 
-def _fitted_on(run: TrainedRun, sha256: str, labels: LabelSet, number: int) -> bool:
+def _fitted_on(
+    run: TrainedRun, sha256: str, labels: LabelSet, number: int, dialogue: Dialogue
+) -> bool:
+    labelled = any(u.label is not None for u in dialogue.utterances)
     return any(
         run.data.get(source.path) == sha256
         and source.label_set().name == labels.name
         and not source.left_out(number)
+        and (labelled or source.soft > 0)  # else it has told who speaks at most
         for source in run.recipe.train
     )
 
