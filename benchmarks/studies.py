@@ -37,6 +37,8 @@ def ablation(recipe: Recipe) -> Variants:
     """Each auxiliary task alone, both, none; demonstrations or none; of the gold label or any; the
     plain prompt."""
     shown = recipe.demonstrations_shown
+    if recipe.demonstrations and not shown:
+        raise UsageError("the recipe learns with demonstrations: say how many demonstrations_shown")
     recipe = _demonstrated(recipe, shown)
     other_rule = replace(recipe, same_label=not recipe.same_label)
     auxiliary = [task for task in recipe.tasks if task != "emotion"]

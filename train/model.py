@@ -55,7 +55,8 @@ def load_trainable(
     if limit is not None and recipe.window.max_tokens > limit:
         raise UsageError(
             f"recipe: window.max_tokens is {recipe.window.max_tokens}, but {recipe.base} reads at "
-            f"most {limit} tokens: lower it"
+            f"most {limit} tokens: under [window], set max_tokens = {limit} or less, and "
+            "max_utterance_tokens to a quarter of it or less"
         )
     torch.manual_seed(recipe.seed)  # before the adapters: their weights are drawn too
     return packed, add_lora(packed, recipe) if frozen else None, tokenizer
