@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +65,7 @@ def test_each_study_varies_what_it_says(recipe_file: Path) -> None:
         encoder="e",
     )
     with pytest.raises(UsageError, match="demonstrations_shown"):
-        STUDIES["ablation"](dataclasses.replace(recipe, demonstrations=0.5))
+        STUDIES["ablation"](replace(recipe, demonstrations=0.5))
     variants = {name: study(recipe) for name, study in STUDIES.items()}
     assert {
         name: (v.tasks, v.demonstrations_shown, v.same_label, v.template)
