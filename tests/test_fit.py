@@ -20,24 +20,21 @@ import torch
 from accelerate import Accelerator
 from conftest import CHAT, ROOT, python, write_model, write_recipe
 from safetensors.torch import load_file
+from scenes import dataset, recipe, scene
 
 from ercbatch.bank import Demonstration, DemonstrationBank
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.labels import label_set
-from ercbatch.packs import join
-from ercbatch.prompts import template
-from ercbatch.records import read_dialogues
 from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Renderer, Task, Window, speaker_numbers
-from train.datasets import Dataset, Scene, one_hot, read_dataset, share
+from ercbatch.tree import Task
+from train.datasets import Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable
-from train.recipe import Recipe, Source
+from train.recipe import Source
 from train.run import load_run
-from train.samples import TASKS, Sampler, TrainingBank, speaker_questions
-from train.validate import Validation, speaker_accuracy
+from train.samples import Sampler, TrainingBank
+from train.validate import Validation
 
 CHAT_DATA = Source(str(CHAT), "meld")
 
@@ -46,21 +43,6 @@ def figures(run: Path) -> list[dict[str, Any]]:
     """A run's epochs without their durations."""
     epochs = json.loads((run / "run.json").read_text())["epochs"]
     return [{key: value for key, value in e.items() if key != "seconds"} for e in epochs]
-
-
-def recipe(**values: Any) -> Recipe:
-    return Recipe(base="x", train=(Source("y", "meld"),), template="compact", **values)
-
-
-def scene(*texts: str, labels: str = "meld") -> Scene:
-    """A dialogue of two speakers, every turn neutral."""
-    utterances = tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(texts))
-    neutral = one_hot(label_set(labels).index("neutral"), len(label_set(labels)))
-    return Scene(Dialogue(utterances), (neutral,) * len(texts))
-
-
-def dataset(*scenes: Scene) -> Dataset:
-    return Dataset(Source("y", "meld"), label_set("meld"), scenes)
 
 
 def test_speakers_are_learnt_first_and_the_rest_after(trained: Path) -> None:
@@ -100,79 +82,6 @@ def test_the_loss_is_the_emotion_loss_and_alpha_times_the_impact_loss(trained: P
     for epoch in json.loads((trained / "run.json").read_text())["epochs"][1:]:
         losses = epoch["losses"]
         assert epoch["loss"] == pytest.approx(losses["emotion"] + 0.1 * losses["impact"], rel=1e-4)
-
-
-def test_a_speaker_question_is_answered_with_its_speaker(bert: Path) -> None:
-    _, tokenizer = load_causal_lm(str(bert))
-    sampler = Sampler(recipe(), [dataset(scene("oh no", "yes", "my train"))], tokenizer, {})
-    (step,) = sampler.epoch(1, [Task.SPEAKER])
-    assert [TASKS[i] for i in step.tasks] == [Task.SPEAKER] * 3
-    answers = [sampler.answer_tokens[i] for i in step.targets.argmax(1)]
-    zero, one = (tokenizer.template(f" {name}")[0] for name in "01")
-    assert answers == [zero, one, zero]
-    assert (step.options.sum(1) == 2).all()
-
-
-def test_the_accuracy_of_the_speakers_is_that_of_single_prompts(bert: Path) -> None:
-    model, tokenizer = load_causal_lm(str(bert))
-    packed = PackedModel(model.eval())
-    scenes = [scene("oh no", "yes", "my train"), scene("thank you"), scene("late again", "where ?")]
-    three = Dialogue(
-        tuple(Utterance(text, name) for text, name in zip("abcd", "ABCA", strict=True))
-    )
-    scenes.append(Scene(three, (None,) * 4))
-    renderer = Renderer(tokenizer, template("compact"), Window(), label_set("meld").labels)
-    right = []
-    for one in scenes:
-        for question in speaker_questions(one):
-            (tree,) = renderer.trees(one.dialogue, [question])
-            trie = renderer.answers(question, one.dialogue)
-            scorer = TorchScorer(packed, trie.tokens)
-            ((_, t, logs),) = scorer.answers(join([(0, tree)]), trie)
-            right.append(int(logs.argmax()) == speaker_numbers(one.dialogue)[t])
-    assert len(right) == 3 + 0 + 2 + 4
-    found = speaker_accuracy(packed, renderer, dataset(*scenes), pack_tokens=64)
-    assert found == pytest.approx(np.mean(right))
-    assert 0 < found < 1
-    assert speaker_accuracy(packed, renderer, dataset(scene("thank you")), pack_tokens=64) is None
-
-
-def test_dialogues_without_labels_teach_who_speaks(bert: Path, tmp_path: Path) -> None:
-    chat = tmp_path / "chat.jsonl"
-    with chat.open("w") as file:
-        for _, dialogue in read_dialogues(CHAT):
-            said = [{"speaker": u.speaker, "text": u.text} for u in dialogue.utterances]
-            file.write(json.dumps({"utterances": said}) + "\n")
-    path = write_recipe(tmp_path, bert, tasks=["speaker"], speaker_epochs=2)
-    text = path.read_text()
-    path.write_text(text.replace(str(CHAT), str(chat)))
-    alone = python("-m", "train", "fit", path, "-o", tmp_path / "alone")
-    assert alone.returncode == 0, alone.stderr
-    run = json.loads((tmp_path / "alone" / "run.json").read_text())
-    reached = [e["valid"]["meld"]["speaker_accuracy"] for e in run["epochs"]]
-    assert reached[run["kept"] - 1] == max(reached)
-
-    table = f"[[train]]\npath = {json.dumps(str(chat))}\nlabels = 'meld'\n"
-    mixed = text.replace("[[train]]", f"{table}[[train]]", 1)
-    path.write_text(mixed.replace('["speaker"]', '["speaker", "emotion"]'))
-    beside = python("-m", "train", "fit", path, "-o", tmp_path / "beside")
-    assert beside.returncode == 0, beside.stderr
-    assert f"{chat}: no utterance has a `label`: for speakers alone" in beside.stderr
-    path.write_text(path.read_text().replace('["speaker", "emotion"]', '["emotion"]'))
-    made = python(
-        *("-m", "export", "bundle", tmp_path / "beside", "-o", tmp_path / "b", "--name", "x"),
-        *("--encoder", "mini", "--examples", CHAT, "--licence", "x"),
-    )
-    assert made.returncode == 0, made.stderr
-    none = python(
-        *("-m", "export", "bundle", tmp_path / "alone", "-o", tmp_path / "no", "--name", "x"),
-        *("--encoder", "mini", "--examples", CHAT, "--licence", "x"),
-    )
-    assert none.returncode == 2
-    assert "has learnt no labels" in none.stderr
-    refused = python("-m", "train", "fit", path, "-o", tmp_path / "refused")
-    assert refused.returncode == 4
-    assert "training needs labelled dialogues" in refused.stderr
 
 
 def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
@@ -521,13 +430,3 @@ def test_a_window_longer_than_the_base_reads_is_refused(bert: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "window.max_tokens is 2000, but" in done.stderr
     assert "reads at most 1024 tokens" in done.stderr
-
-
-def test_speakers_need_two_of_them(bert: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, bert)
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"utterances": [{"text": "a", "label": "sad"}]}\n')
-    path.write_text(path.read_text().replace(str(CHAT), str(data)))
-    done = python("-m", "train", "fit", path, "-o", tmp_path / "run")
-    assert done.returncode == 2
-    assert "no question for the stage speaker" in done.stderr
