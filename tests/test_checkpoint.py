@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXAMPLES, python, write_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
 from ercbatch.bundle import read_info
@@ -61,8 +62,10 @@ def test_float32_weights_come_back_as_they_were(
     kind: str, encoder_folder: Path, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "base", kind)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    config = AutoConfig.from_pretrained(base)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
     bundle = untrained(base, encoder_folder, tmp_path / "bundle", "fp32")
     done = write(bundle, tmp_path / "checkpoint")
     assert done.returncode == 0, done.stderr
