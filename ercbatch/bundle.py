@@ -24,8 +24,21 @@ from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
 
-FORMAT = (1, 0)
-"""Version of the format: another major number is refused, a newer minor one too."""
+FORMAT = "1.1"
+"""Version of the format: another major number is refused, a newer minor one too.
+
+1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`.
+"""
+
+RUNTIMES = {
+    "fp32": "onnx",
+    "int8": "onnx",
+    "int4": "onnx",
+    "optimum": "onnx",
+    "nf4": "bnb",
+    "bnb-int8": "bnb",
+}
+"""What runs a model of each form: ONNX Runtime, or torch with bitsandbytes."""
 
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
@@ -64,7 +77,10 @@ class BundleInfo:
     """Demonstrations a question shows by default."""
     temperatures: Mapping[str, float]
     """Label set name -> temperature fitted on validation data."""
+    form: str
+    """One of `RUNTIMES`."""
     quantization: str
+    """The same for people, in more words."""
     base: str
     data: tuple[str, ...]
     """What it was trained on, with licences."""
@@ -74,6 +90,7 @@ class BundleInfo:
     architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The model's `config.json`, from which `python -m export checkpoint` builds it again. Bundles
     without it label all the same."""
+    format: str = FORMAT
     files: Mapping[str, FileDigest] = dataclasses.field(default_factory=dict)
 
     def label_set(self, name: str | None) -> LabelSet:
@@ -99,12 +116,13 @@ class BundleInfo:
         values["files"] = {
             name: dataclasses.asdict(digest) for name, digest in sorted(self.files.items())
         }
-        return {"format": ".".join(map(str, FORMAT)), **values}
+        return {"format": values.pop("format"), **values}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BundleInfo:
         """Read what `to_json` wrote; a missing or odd value raises KeyError or TypeError."""
-        value = {"architecture": {}, **value}
+        before = {"form": "fp32" if value["quantization"].startswith("none") else "int8"}
+        value = {"architecture": {}, **before, **value}  # format 1.0 had neither
         values = {f.name: value[f.name] for f in dataclasses.fields(cls)}
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
         values["controls"] = ControlTokens.from_json(value["controls"])
@@ -116,6 +134,8 @@ class BundleInfo:
         }
         if not values["label_sets"]:
             raise KeyError("label_sets")
+        if values["form"] not in RUNTIMES:
+            raise ValueError(f"form {values['form']!r}")
         return cls(**values)
 
 
@@ -193,10 +213,11 @@ def read_info(folder: Path) -> BundleInfo:
     try:
         value = json.loads(path.read_bytes())
         major, minor = (int(part) for part in value["format"].split("."))
-        if major != FORMAT[0] or minor > FORMAT[1]:
+        own_major, own_minor = (int(part) for part in FORMAT.split("."))
+        if major != own_major or minor > own_minor:
             raise BundleError(
                 f"{path}: format {major}.{minor} is not known here (this ercbatch reads "
-                f"{FORMAT[0]}.0 to {FORMAT[0]}.{FORMAT[1]}): upgrade ercbatch"
+                f"{own_major}.0 to {FORMAT}): upgrade ercbatch"
             )
         info = BundleInfo.from_json(value)
     except FileNotFoundError as error:
@@ -287,7 +308,7 @@ def describe(folder: Path, info: BundleInfo) -> str:
     window = info.window
     rows = [
         ("bundle", f"{info.name}, in {folder}"),
-        ("written by", f"ercbatch {info.version}, format {FORMAT[0]}.{FORMAT[1]}"),
+        ("written by", f"ercbatch {info.version}, format {info.format}"),
         ("base", info.base),
         ("quantization", info.quantization),
         *(("label set", f"{s.name}: {', '.join(s.labels)}") for s in info.label_sets),

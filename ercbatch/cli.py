@@ -113,6 +113,13 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Processor threads.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "onnx", "bnb"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; auto: what the bundle is for.",
+)
 @click.option("--dry-run", is_flag=True, help="Check input and bundle, and estimate the time.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def label(
@@ -128,6 +135,7 @@ def label(
     max_errors: int | None,
     force: bool,
     threads: int | None,
+    runtime: str,
     dry_run: bool,
     quiet: bool,
 ) -> None:
@@ -140,7 +148,7 @@ def label(
         from ercbatch.run import RunOptions, dry_run_label, run_label
 
         def load() -> Labeler:
-            return Labeler(
+            labeler = Labeler(
                 bundle,
                 label_set=label_set,
                 demonstrations=demos,
@@ -148,7 +156,11 @@ def label(
                 min_confidence=min_confidence,
                 scores=scores,
                 threads=threads,
+                runtime=runtime,
             )
+            if not quiet:
+                click.echo(f"ercbatch: {labeler.describe()}", err=True)
+            return labeler
 
         options = RunOptions(
             inputs=tuple(expand_inputs(inputs)),

@@ -8,18 +8,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from ercbatch import bundle as files
-from ercbatch.answers import AnswerHead
 from ercbatch.bank import DemonstrationBank
 from ercbatch.bundle import Bundle, find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
-from ercbatch.onnx_scorer import OnnxScorer, available_threads
+from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
+from ercbatch.scorers import AUTO, choose_runtime, open_scorer
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Renderer
 
@@ -38,6 +37,7 @@ class Labeler:
         min_confidence: below it an utterance's emotion is None.
         scores: give the probability of every label.
         threads: processor threads of the model; by default all that the process may use.
+        runtime: `onnx` or `bnb`; by default the one that the bundle's form is for.
 
     Raises:
         BundleError: the bundle is missing, altered, or not for this program.
@@ -54,6 +54,7 @@ class Labeler:
         min_confidence: float = 0.0,
         scores: bool = False,
         threads: int | None = None,
+        runtime: str = AUTO,
     ) -> None:
         if context not in ("past", "both"):
             raise UsageError(f"context is {context!r}: choose past or both")
@@ -71,6 +72,7 @@ class Labeler:
                 "at past, or train with later_turns in the recipe"
             )
         self.bundle = opened
+        self.runtime = choose_runtime(opened, runtime)
         self.labels = info.label_set(label_set)
         self._min_confidence = min_confidence
         self._scores = scores
@@ -79,11 +81,7 @@ class Labeler:
         count = info.demonstrations if demonstrations is None else demonstrations
         window = replace(info.window, future=info.later_turns if context == "both" else 0)
         self.engine = Engine(
-            scorer=OnnxScorer(
-                opened.path(files.MODEL),
-                AnswerHead.from_tensors(load_file(opened.path(files.HEAD))),
-                threads,
-            ),
+            scorer=open_scorer(opened, threads),
             renderer=Renderer(
                 SegmentTokenizer.from_file(opened.path(files.TOKENIZER), info.controls),
                 template(info.template, info.template_version),
@@ -105,6 +103,10 @@ class Labeler:
             "min_confidence": self._min_confidence,
             "scores": self._scores,
         }
+
+    def describe(self) -> str:
+        """Which model labels, and what runs it."""
+        return f"{self.bundle.info.name} ({self.bundle.info.form}): {self.engine.scorer.describe()}"
 
     def label(self, dialogues: Iterable[Dialogue | Mapping[str, Any]]) -> Iterator[LabeledDialogue]:
         """Label dialogues (or records of the contract's form) lazily, in order.

@@ -12,7 +12,7 @@ import onnxruntime
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
 from ercbatch.packs import Pack
-from ercbatch.scoring import Scorer
+from ercbatch.scoring import StateScorer
 
 
 def available_threads() -> int:
@@ -51,15 +51,20 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
         ) from error
 
 
-class OnnxScorer(Scorer):
+class OnnxScorer(StateScorer):
     """Scores packs with `model.onnx`."""
 
     def __init__(self, path: Path, head: AnswerHead, threads: int) -> None:
         self.head = head
         self._session = open_session(path, threads)
+        self._threads = threads
+
+    def describe(self) -> str:
+        """See `Scorer.describe`."""
+        return f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads"
 
     def states(self, pack: Pack) -> FloatArray:
-        """See `Scorer.states`."""
+        """See `StateScorer.states`."""
         states: FloatArray = self._session.run(None, feed(pack))[0]
         return states
 

@@ -13,13 +13,17 @@ from ercbatch.packs import Pack
 
 
 class Scorer(ABC):
-    """Runs a model over packs. Variants: `OnnxScorer`, `TorchScorer`."""
+    """Runs a model over packs."""
 
     head: AnswerHead
 
     @abstractmethod
-    def states(self, pack: Pack) -> FloatArray:
-        """Hidden states [reads, hidden] of a pack, in the order of its reads."""
+    def logits(self, pack: Pack) -> FloatArray:
+        """Logits [reads, rows of the head] of a pack, in the order of its reads."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What runs the model, and where."""
 
     def answers(
         self, pack: Pack, trie: AnswerTrie
@@ -28,7 +32,7 @@ class Scorer(ABC):
 
         All questions of the pack are answered from `trie`.
         """
-        logits = self.head.logits(self.states(pack))
+        logits = self.logits(pack)
         columns = [self.head.columns(choice.options) for choice in trie.choices]
         rows: dict[tuple[int, int], list[FloatArray]] = {}
         for row, (_, owner, read) in zip(logits, pack.reads, strict=True):
@@ -36,6 +40,18 @@ class Scorer(ABC):
             per_choice[read.choice] = row[columns[read.choice]]
         for (owner, utterance), choices in rows.items():
             yield owner, utterance, trie.log_probabilities(choices)
+
+
+class StateScorer(Scorer):
+    """One whose model ends before the vocabulary. Variants: `OnnxScorer`, `TorchScorer`."""
+
+    @abstractmethod
+    def states(self, pack: Pack) -> FloatArray:
+        """Hidden states [reads, hidden] of a pack, in the order of its reads."""
+
+    def logits(self, pack: Pack) -> FloatArray:
+        """See `Scorer.logits`."""
+        return self.head.logits(self.states(pack))
 
 
 def calibrated(

@@ -8,20 +8,25 @@ import torch
 
 from ercbatch.answers import FloatArray
 from ercbatch.packs import Pack
-from ercbatch.scoring import Scorer
+from ercbatch.scoring import StateScorer
 from ercbatch.torch_model import PackedModel, collate
 
 
-class TorchScorer(Scorer):
+class TorchScorer(StateScorer):
     """Scores packs with a `PackedModel` where that model lies."""
 
     def __init__(self, model: PackedModel, tokens: Sequence[int]) -> None:
         self._model = model
         self.head = model.answer_head(tokens)
 
+    def describe(self) -> str:
+        """See `Scorer.describe`."""
+        device = next(self._model.parameters()).device
+        return f"torch {torch.__version__}, {device}"
+
     @torch.inference_mode()
     def states(self, pack: Pack) -> FloatArray:
-        """See `Scorer.states`."""
+        """See `StateScorer.states`."""
         device = next(self._model.parameters()).device
         batch = collate([pack])
         states = self._model(*(tensor.to(device) for tensor in batch))

@@ -128,6 +128,7 @@ def export_bundle(
             pack_tokens=recipe.pack_tokens,
             demonstrations=options.demonstrations,
             temperatures=temperatures,
+            form=options.quantize,
             quantization=_QUANTIZATION[options.quantize],
             base=options.base_name or recipe.base,
             data=(*options.provenance, f"demonstrations: {len(examples)} written examples"),

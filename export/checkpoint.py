@@ -22,6 +22,7 @@ from ercbatch.bundle import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
 from ercbatch.labeler import Labeler
+from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.packs import join
 from ercbatch.tokens import control_tokens
 from ercbatch.torch_model import PackedModel, refuse_code
@@ -35,6 +36,8 @@ _CLOSE = 0.99
 _SAID = ("Where were you?", "On the train, asleep. I woke up at the sea!", "Oh no.")
 _INNER = "model."
 """What the exported module calls the model inside it."""
+_READ = ("fp32", "int8")
+"""Forms whose weights can be read back."""
 _ODD = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers and torch raise at a configuration, or weights, that make no model."""
 
@@ -50,6 +53,11 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
     if not config:
         raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
     refuse_code(str(bundle.folder / files.MANIFEST), config)
+    if bundle.info.form not in _READ:
+        raise BundleError(
+            f"{bundle.folder}: is {bundle.info.form}; a checkpoint can be made of "
+            f"{' and '.join(_READ)} bundles: train from its base"
+        )
     labeler = Labeler(bundle)
     try:
         model = AutoModelForCausalLM.from_config(
@@ -121,7 +129,9 @@ def _compare(model: PackedModel, labeler: Labeler) -> None:
     questions = [Question(Task.EMOTION, t) for t in range(len(_SAID))]
     pack = join([(0, tree) for tree in labeler.engine.renderer.trees(dialogue, questions)])
     rows = labeler.engine.scorer.head.tokens.tolist()
-    expected = labeler.engine.scorer.states(pack)
+    scorer = labeler.engine.scorer
+    assert isinstance(scorer, OnnxScorer)  # what runs the forms that are read
+    expected = scorer.states(pack)
     states = TorchScorer(model, rows).states(pack)
     norms = np.linalg.norm(states, axis=1) * np.linalg.norm(expected, axis=1)
     worst = float(((states * expected).sum(1) / norms).min())

@@ -1,0 +1,41 @@
+"""Which runtime scores with a bundle, and that runtime opened."""
+
+from __future__ import annotations
+
+from safetensors.numpy import load_file
+
+from ercbatch import bundle as files
+from ercbatch.answers import AnswerHead
+from ercbatch.bundle import RUNTIMES, Bundle
+from ercbatch.errors import UsageError
+from ercbatch.onnx_scorer import OnnxScorer
+from ercbatch.scoring import Scorer
+
+AUTO = "auto"
+
+
+def choose_runtime(bundle: Bundle, runtime: str) -> str:
+    """`onnx` or `bnb`; `auto` is the one that the bundle's form is for.
+
+    Raises:
+        UsageError: the bundle's form is not for this runtime.
+    """
+    form = bundle.info.form
+    fitting = RUNTIMES[form]
+    if runtime not in (AUTO, fitting):
+        others = " or ".join(name for name, other in RUNTIMES.items() if other == runtime)
+        raise UsageError(
+            f"bundle {bundle.info.name!r} is {form}, which the runtime {fitting} runs: leave "
+            f"--runtime at {AUTO}, or export with --quantize {others}"
+        )
+    return fitting
+
+
+def open_scorer(bundle: Bundle, threads: int) -> Scorer:
+    """The scorer of a bundle, in the runtime that its form is for.
+
+    Raises:
+        BundleError: the runtime does not accept the model.
+    """
+    head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
+    return OnnxScorer(bundle.path(files.MODEL), head, threads)
