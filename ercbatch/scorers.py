@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from safetensors.numpy import load_file
 
 from ercbatch import bundle as files
@@ -38,4 +41,11 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
         BundleError: the runtime does not accept the model.
     """
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
-    return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    return open_model(bundle.folder, bundle.info.form, head, threads, bundle.info.files)
+
+
+def open_model(
+    folder: Path, form: str, head: AnswerHead, threads: int, listed: Collection[str]
+) -> Scorer:
+    """The scorer of a model of this form in a folder, whose files are `listed`."""
+    return OnnxScorer(folder / files.MODEL, head, threads, listed)
