@@ -35,7 +35,7 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
     """The scorer of a bundle, in the runtime that its form is for.
 
     Raises:
-        BundleError: the runtime does not accept the model.
+        BundleError: the model asks for what a bundle must not, or the runtime does not accept it.
     """
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
-    return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    return OnnxScorer(bundle.path(files.MODEL), head, threads, bundle.info.files)
