@@ -2,7 +2,8 @@
 
 A bundle from a stranger is data. Only the files that `bundle.json` lists are ever opened, each
 after its size and SHA-256 have been compared, and their formats (JSON, JSONL, safetensors,
-tokenizer.json, ONNX) carry no code.
+tokenizer.json, ONNX) carry no code. What a graph asks for (operators, other files) is checked
+before it is parsed (`onnx_file.py`).
 """
 
 from __future__ import annotations
