@@ -10,6 +10,7 @@ from ercbatch.bundle import RUNTIMES, Bundle
 from ercbatch.errors import UsageError
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.scoring import Scorer
+from ercbatch.standard_scorer import StandardScorer
 
 AUTO = "auto"
 
@@ -38,4 +39,5 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
         BundleError: the runtime does not accept the model.
     """
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
-    return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    kind = StandardScorer if bundle.info.form == "optimum" else OnnxScorer
+    return kind(bundle.path(files.MODEL), head, threads)
