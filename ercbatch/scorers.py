@@ -13,6 +13,7 @@ from ercbatch.bundle import RUNTIMES, Bundle
 from ercbatch.errors import UsageError
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.scoring import Scorer
+from ercbatch.standard_scorer import StandardScorer
 
 AUTO = "auto"
 
@@ -48,4 +49,5 @@ def open_model(
     folder: Path, form: str, head: AnswerHead, threads: int, listed: Collection[str]
 ) -> Scorer:
     """The scorer of a model of this form in a folder, whose files are `listed`."""
-    return OnnxScorer(folder / files.MODEL, head, threads, listed)
+    kind = StandardScorer if form == "optimum" else OnnxScorer
+    return kind(folder / files.MODEL, head, threads, listed)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.numpy import save_file
 
@@ -30,18 +29,23 @@ from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
 from export.card import card, card_json
 from export.forms import describe_form, sample_size, save_merged, write_form
-from export.model import EXPORTED
+from export.model import fitting_dtype, traced_attention
 from export.proof import Limits, calibrate, compare, losses
 from train.datasets import Dataset, read_dataset
-from train.recipe import Recipe
-from train.run import TrainedRun
+from train.recipe import Recipe, Source
+from train.run import TrainedRun, load_run, run_checkpoint, untrained_run
 from train.validate import Predictions, distinct_dataset_names, predict
 
 _SHOWN = 3
 """Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
 
-Loader = Callable[..., TrainedRun]
-"""Loads what is exported: `merged` or as it was trained, with the `attention` that is named."""
+
+class Loader(Protocol):
+    """Loads what is exported."""
+
+    def __call__(self, *, merged: bool) -> TrainedRun:
+        """`merged`, with attention in the form that is traced; or as it was trained."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,35 @@ class BundleOptions:
     also_checkpoint: Path | None = None
     limits: Limits = field(default_factory=Limits)
     accept_loss: bool = False
+
+
+def run_loader(source: str, data: Path | None, labels: str | None, wording: str) -> Loader:
+    """What loads a run folder or, where `data` is labelled dialogues, an untrained base.
+
+    Raises:
+        UsageError: neither a run nor a causal language model.
+    """
+    if data is None:
+        folder = Path(source)
+        checkpoint = run_checkpoint(folder)
+
+        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+            return load_run(folder, merged=merged, attention=attention, dtype=dtype)
+
+    else:
+        checkpoint = source
+        given = Source(str(data), labels or "")
+
+        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+            return untrained_run(source, given, wording, attention=attention, dtype=dtype)
+
+    dtype = fitting_dtype(checkpoint)
+    exported = traced_attention(checkpoint)
+
+    def loader(*, merged: bool) -> TrainedRun:
+        return load(merged=merged, attention=exported if merged else None)
+
+    return loader
 
 
 class _Questions:
@@ -145,12 +178,12 @@ def export_bundle(
         if path is not None:
             refuse_existing(path, force=force)
     encoder = None if options.encoder is None else encoder_files(options.encoder)
-    run = load(merged=False, attention=None)
+    run = load(merged=False)
     questions = _Questions(run)
     original = _measure(questions, TorchScorer(run.model, questions.tokens))
     del run
     gc.collect()
-    run = load(merged=True, attention=EXPORTED)
+    run = load(merged=True)
     run.model.check_packing()
     if options.also_checkpoint is not None:
         write_merged(run, options.also_checkpoint)

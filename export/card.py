@@ -42,7 +42,8 @@ def card_data(info: BundleInfo) -> ModelCardData:
 
 def card_json(info: BundleInfo) -> str:
     """The metadata as JSON."""
-    return json.dumps(card_data(info).to_dict(), indent=2) + "\n"
+    data: dict[str, Any] = card_data(info).to_dict()  # type: ignore[no-untyped-call]
+    return json.dumps(data, indent=2) + "\n"
 
 
 def card(info: BundleInfo) -> str:

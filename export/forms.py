@@ -17,6 +17,7 @@ from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
 from export.quantize import WEIGHT_RANGE, quantize_lookups, quantize_products
+from export.standard import export_standard
 from export.statistics import module_inputs
 from train.run import TrainedRun
 
@@ -59,12 +60,11 @@ def write_form(
     """
     if form in _PARAMETER_BYTES:
         write_graph(run.model, folder, form, target, samples)
-    elif form == "optimum":
-        with TemporaryDirectory(dir=folder.parent) as checkpoint:
+    else:
+        # The form is for other tools, which read the rest of a checkpoint too.
+        with TemporaryDirectory(dir=folder) as checkpoint:
             save_merged(run, Path(checkpoint))
             export_standard(Path(checkpoint), folder)
-    else:
-        write_bnb(run.model, folder, form)
 
 
 def save_merged(run: TrainedRun, folder: Path) -> None:

@@ -68,7 +68,7 @@ def _half_turned(graph: Graph, name: str, x: str) -> str | None:
     )
     if begins != 0 or steps != [1, 1] or end != _END or not graph.same(middle, second.input[1]):
         return None
-    return middle
+    return str(middle)
 
 
 def _unsqueezed(graph: Graph, name: str) -> str | None:
@@ -76,7 +76,7 @@ def _unsqueezed(graph: Graph, name: str) -> str | None:
     node = graph.producers.get(name)
     if node is None or node.op_type != "Unsqueeze" or graph.integer(node.input[1]) != 1:
         return None
-    return node.input[0]
+    return str(node.input[0])
 
 
 def _tables(graph: Graph, cos: str, sin: str, half: str, nodes: list[NodeProto]) -> list[str]:

@@ -77,7 +77,8 @@ class Graph:
     @property
     def nodes(self) -> Sequence[NodeProto]:
         """All nodes, in order."""
-        return self.model.graph.node
+        nodes: Sequence[NodeProto] = self.model.graph.node
+        return nodes
 
     def source(self, name: str) -> str:
         """The constant that a name stands for, where it is a copy; else the name itself."""

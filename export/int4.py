@@ -80,4 +80,5 @@ def pack_blocks(weight: Array, seen: Statistics | None) -> tuple[npt.NDArray[np.
     else:
         values = round_alone(whole, scales, _LIMIT)
     halves = (values + _MIDDLE).astype(np.uint8).reshape(outputs, blocks, BLOCK)
-    return halves[..., 0::2] | halves[..., 1::2] << 4, scales[:, ::BLOCK].reshape(-1)
+    packed = (halves[..., 0::2] | halves[..., 1::2] << 4).astype(np.uint8)
+    return packed, scales[:, ::BLOCK].reshape(-1).astype(np.float32)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch.torch_model import PackedModel, check_config
 from export.graph import Graph
@@ -40,3 +42,14 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
         {"states": {0: "reads"}},
         data,
     )
+
+
+def fitting_dtype(source: str) -> torch.dtype | str:
+    """The type to load a checkpoint's weights in: float32 where that takes no more than half of the
+    free memory, and otherwise the type that they have."""
+    check_config(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    return torch.float32 if size <= psutil.virtual_memory().available / 2 else "auto"

@@ -59,24 +59,15 @@ def load_run(
     Raises:
         UsageError: not a run folder, one that diverged at once, or its base is missing or another.
     """
-    path = folder / DESCRIPTION
-    try:
-        described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recipe = recipe_from(path, described["recipe"])
-        controls = ControlTokens.from_json(described["controls"])
-        data, others = described["data"], described.get("files", {})
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
-        ) from error
-    if described.get("diverged") and not described["kept"]:
-        raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
+    recipe, described = _described(folder)
+    controls = ControlTokens.from_json(described["controls"])
+    data, others = described["data"], described.get("files", {})
     settings: dict[str, Any] = {"attn_implementation": attention}
     if recipe.load != "full" and not merged:
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
     else:
         settings["dtype"] = dtype
-    checkpoint = str(folder / MODEL) if recipe.method == "full" else recipe.base
+    checkpoint = _checkpoint(folder, recipe)
     if recipe.method == "lora":
         _check_base(folder, recipe, others)
     model, _ = load_causal_lm(checkpoint, **settings)
@@ -85,6 +76,35 @@ def load_run(
         model = model.merge_and_unload() if merged else model.base_model.model
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
     return TrainedRun(recipe, checkpoint, data, others, PackedModel(model.eval()), tokenizer)
+
+
+def run_checkpoint(folder: Path) -> str:
+    """The checkpoint that a run's model is loaded from, before its adapter.
+
+    Raises:
+        UsageError: not a run folder, or one that diverged at once.
+    """
+    return _checkpoint(folder, _described(folder)[0])
+
+
+def _checkpoint(folder: Path, recipe: Recipe) -> str:
+    return str(folder / MODEL) if recipe.method == "full" else recipe.base
+
+
+def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
+    path = folder / DESCRIPTION
+    try:
+        described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        recipe = recipe_from(path, described["recipe"])
+        ControlTokens.from_json(described["controls"])
+        described["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
+        ) from error
+    if described.get("diverged") and not described["kept"]:
+        raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
+    return recipe, described
 
 
 def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
