@@ -305,11 +305,12 @@ def refuse_existing(folder: Path, *, force: bool) -> None:
     """See that a folder may be written.
 
     Raises:
-        UsageError: it exists, and `force` is not given; or what exists is no folder.
+        UsageError: it exists, is not empty, and `force` is not given; or what exists is no folder.
     """
-    if folder.exists() and not (force and folder.is_dir()):
-        mend = ", or give --force" if folder.is_dir() else ""
-        raise UsageError(f"{folder} exists: choose another folder{mend}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: choose another place")
+    if folder.exists() and not force and any(folder.iterdir()):
+        raise UsageError(f"{folder} exists: choose another folder, or give --force")
 
 
 @contextmanager

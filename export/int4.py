@@ -17,9 +17,7 @@ from export.statistics import Sampler, Statistics
 
 BLOCK = 32
 """Weights of an output channel that share a scale."""
-_LIMIT = 7
-_MIDDLE = 8
-"""What stands for zero: the operator's default."""
+_LOW, _HIGH = -8, 7
 _INT8_ACTIVATIONS = 4
 """`accuracy_level` of the operator: activations as int8."""
 _INT4, _SCALES = "_int4", "_int4_scales"
@@ -66,19 +64,20 @@ def _quantize(graph: Graph, product: Product, seen: Statistics | None) -> None:
 def pack_blocks(weight: Array, seen: Statistics | None) -> tuple[npt.NDArray[np.uint8], Array]:
     """(packed [outputs, blocks, 16], scales [outputs * blocks]) of weights [outputs, inputs].
 
-    Two weights share a byte, the first in its lower half; the last block is filled up with zeros.
+    The lowest value is stored as 0, the operator's default. Two weights share a byte, the first in
+    its lower half; the last block is filled up with zeros.
     """
     outputs, inputs = weight.shape
     blocks = -(-inputs // BLOCK)
     whole = np.zeros((outputs, blocks * BLOCK), np.float32)
     whole[:, :inputs] = weight
-    scales = block_scales(whole, _LIMIT, BLOCK)
+    scales = block_scales(whole, _LOW, BLOCK)
     values = np.zeros(whole.shape, np.int8)
     if seen is not None and seen.enough:
         steps = scales[:, :inputs]
-        values[:, :inputs] = round_together(weight, steps, _LIMIT, seen.correlation)
+        values[:, :inputs] = round_together(weight, steps, _LOW, _HIGH, seen.correlation)
     else:
-        values = round_alone(whole, scales, _LIMIT)
-    halves = (values + _MIDDLE).astype(np.uint8).reshape(outputs, blocks, BLOCK)
+        values = round_alone(whole, scales, _LOW, _HIGH)
+    halves = (values - _LOW).astype(np.uint8).reshape(outputs, blocks, BLOCK)
     packed = (halves[..., 0::2] | halves[..., 1::2] << 4).astype(np.uint8)
     return packed, scales[:, ::BLOCK].reshape(-1).astype(np.float32)

@@ -230,10 +230,10 @@ class _PerToken:
         scales = row_scales(inner, self._limit)
         if seen is not None and seen.enough:
             within = seen.correlation * np.outer(inside, inside)
-            channels = round_together(inner, scales, self._limit, within)
+            channels = round_together(inner, scales, -self._limit, self._limit, within)
             channels[:, ~inside] = 0
         else:
-            channels = round_alone(inner, scales, self._limit)
+            channels = round_alone(inner, scales, -self._limit, self._limit)
         self._graph.constant(name + _INT8, channels.T)
         self._graph.constant(name + _SCALE, scales[:, 0])
         if len(columns):

@@ -21,27 +21,32 @@ def row_scales(table: Array, limit: int) -> Array:
     return np.where(scales == 0, 1, scales).astype(np.float32)
 
 
-def block_scales(table: Array, limit: int, block: int) -> Array:
-    """float32 scales [rows, n] like `row_scales`, one for each `block` columns of a row; n is a
-    multiple of `block`."""
-    rows, n = table.shape
-    scales = row_scales(table.reshape(-1, block), limit)
-    return np.repeat(scales.reshape(rows, n // block), block, axis=1)
+def block_scales(table: Array, lowest: int, block: int) -> Array:
+    """float32 scales [rows, n] of a table [rows, n], one for each `block` columns of a row.
+
+    The greatest magnitude of a block comes to `lowest`, whatever its sign: of 16 levels, -8 to 7,
+    one would be lost otherwise. n is a multiple of `block`.
+    """
+    blocks = table.reshape(len(table), -1, block)
+    places = np.abs(blocks).argmax(axis=2, keepdims=True)
+    scales = np.take_along_axis(blocks, places, axis=2) / lowest
+    scales = np.where(scales == 0, 1, scales).astype(np.float32)
+    return np.repeat(scales[..., 0], block, axis=1)
 
 
 def quantize_rows(table: Array, limit: int) -> tuple[npt.NDArray[np.int8], Array]:
     """(int8 [rows, n] within +-limit, float32 scales [rows, 1]) of a table [rows, n]."""
     scales = row_scales(table, limit)
-    return round_alone(table, scales, limit), scales
+    return round_alone(table, scales, -limit, limit), scales
 
 
-def round_alone(table: Array, scales: Array, limit: int) -> npt.NDArray[np.int8]:
-    """A table [rows, n] in steps of `scales` ([rows, 1] or [rows, n]), within +-limit."""
-    return np.round(table / scales).clip(-limit, limit).astype(np.int8)
+def round_alone(table: Array, scales: Array, low: int, high: int) -> npt.NDArray[np.int8]:
+    """A table [rows, n] in steps of `scales` ([rows, 1] or [rows, n]), from low to high."""
+    return np.round(table / scales).clip(low, high).astype(np.int8)
 
 
 def round_together(
-    table: Array, scales: Array, limit: int, correlation: Correlation
+    table: Array, scales: Array, low: int, high: int, correlation: Correlation
 ) -> npt.NDArray[np.int8]:
     """Like `round_alone`, for a table that multiplies activations of this correlation [n, n].
 
@@ -60,7 +65,7 @@ def round_together(
         block = slice(start, start + _BLOCK)
         errors = np.zeros_like(rest[:, block])
         for i in range(start, start + errors.shape[1]):
-            rounded[:, i] = np.round(rest[:, i] / steps[:, i]).clip(-limit, limit)
+            rounded[:, i] = np.round(rest[:, i] / steps[:, i]).clip(low, high)
             error = (rest[:, i] - rounded[:, i] * steps[:, i]) / upper[i, i]
             rest[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
             errors[:, i - start] = error

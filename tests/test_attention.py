@@ -10,15 +10,16 @@ import onnxruntime
 import pytest
 from conftest import write_model
 
-from benchmarks.packed import packed, separate
+from benchmarks.packed import packed as label_packed
+from benchmarks.packed import separate
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.onnx_scorer import feed
 from ercbatch.packs import join
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Question, Read, Segment, Task, lay_out
-from export.attention import sum_softmax_in_double
-from export.model import export_scorer
+from export.attention import sum_softmax_in_order
+from export.model import trace_scorer
 
 
 def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> None:
@@ -28,7 +29,7 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> N
     words = "it is gone thank you where my door late again happy fridge no !".split()
     turns = [Utterance(" ".join(chance.choices(words, k=9)), "AB"[t % 2]) for t in range(90)]
     dialogues = [Dialogue(tuple(turns[at : at + 9])) for at in range(0, len(turns), 9)]
-    together, _ = packed(labeler, dialogues)
+    together, _ = label_packed(labeler, dialogues)
     alone, _ = separate(labeler, dialogues)
     temperature = labeler.engine.temperature
     assert len(together) == len(turns)
@@ -40,16 +41,17 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> N
 @pytest.mark.parametrize("kind", ["bert", "bloom", "llama", "gemma3_text"])
 def test_attention_is_the_softmax_that_it_was(kind: str, tmp_path: Path) -> None:
     model, _ = load_causal_lm(str(write_model(tmp_path, kind)), attn_implementation="eager")
-    graph = export_scorer(PackedModel(model.eval()))
     tree = lay_out(Segment(list(range(7, 60)), read=Read(Question(Task.EMOTION, 0), 0)))
+    packed = PackedModel(model.eval())
     states = []
-    for _ in range(2):
-        session = onnxruntime.InferenceSession(graph.SerializeToString())
+    for rewritten in (False, True):
+        graph = trace_scorer(packed)
+        if rewritten:
+            sum_softmax_in_order(graph)
+            assert "Softmax" not in {node.op_type for node in graph.nodes}
+            with pytest.raises(ValueError, match="no attention"):
+                sum_softmax_in_order(graph)
+        session = onnxruntime.InferenceSession(graph.finish().SerializeToString())
         states.append(session.run(None, feed(join([(0, tree)])))[0])
-        if len(states) == 1:
-            sum_softmax_in_double(graph)
-    assert "Softmax" not in {node.op_type for node in graph.graph.node}
     one, other = states
     assert np.allclose(one, other, atol=1e-5)
-    with pytest.raises(ValueError, match="no attention"):
-        sum_softmax_in_double(graph)
