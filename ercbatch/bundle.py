@@ -42,6 +42,9 @@ RUNTIMES = {
 
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
+CONFIG = "config.json"
+WEIGHTS = "model*.safetensors"
+"""The weights of a model that bitsandbytes runs: one file, or several where they are large."""
 HEAD = "answer_head.safetensors"
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.onnx"

@@ -54,6 +54,8 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 class OnnxScorer(StateScorer):
     """Scores packs with `model.onnx`."""
 
+    packages = ("onnxruntime",)
+
     def __init__(self, path: Path, head: AnswerHead, threads: int) -> None:
         self.head = head
         self._session = open_session(path, threads)

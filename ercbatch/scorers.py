@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 from safetensors.numpy import load_file
 
 from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
 from ercbatch.bundle import RUNTIMES, Bundle
-from ercbatch.errors import UsageError
+from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.scoring import Scorer
 
@@ -36,6 +38,20 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
 
     Raises:
         BundleError: the runtime does not accept the model.
+        MissingExtraError: the runtime is not installed.
     """
+    info = bundle.info
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
-    return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    if RUNTIMES[info.form] == "onnx":
+        return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    try:
+        from ercbatch.bnb_scorer import BnbScorer
+    except ImportError as error:
+        raise MissingExtraError(
+            f"bundle {info.name!r} is {info.form}, which torch and bitsandbytes run ({error}): "
+            "pip install 'ercbatch[bnb]'"
+        ) from error
+    weights = [bundle.path(name) for name in sorted(fnmatch.filter(info.files, files.WEIGHTS))]
+    if not weights:
+        raise BundleError(f"{bundle.folder}: the bundle has no weights: export it again")
+    return BnbScorer(bundle.path(files.CONFIG), weights, head, threads)
