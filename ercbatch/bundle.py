@@ -2,7 +2,8 @@
 
 A bundle from a stranger is data. Only the files that `bundle.json` lists are ever opened, each
 after its size and SHA-256 have been compared, and their formats (JSON, JSONL, safetensors,
-tokenizer.json, ONNX) carry no code.
+tokenizer.json, ONNX) carry no code. What a graph asks for (operators, other files) is checked
+before it is parsed (`onnx_file.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ercbatch.errors import BundleError, UsageError
+from safetensors import SafetensorError
+
+from ercbatch.errors import BundleError, OutputError, UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
@@ -42,6 +46,8 @@ RUNTIMES = {
 
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
+MODEL_DATA = "model.onnx.data"
+"""Constants of a model that is too large for one ONNX file."""
 CONFIG = "config.json"
 WEIGHTS = "model*.safetensors"
 """The weights of a model that bitsandbytes runs: one file, or several where they are large."""
@@ -50,6 +56,7 @@ TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.onnx"
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
 CARD = "README.md"
+CARD_JSON = "model_card.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,10 @@ class BundleInfo:
     licence: str
     quality: Mapping[str, Any]
     """Figures measured with this very bundle."""
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Label set name -> how far confidences can be trusted: see `python -m export`."""
+    accepted_loss: tuple[str, ...] = ()
+    """In what the bundle falls short of the model it was made from, where that was accepted."""
     architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The model's `config.json`, from which `python -m export checkpoint` builds it again. Bundles
     without it label all the same."""
@@ -124,13 +135,15 @@ class BundleInfo:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BundleInfo:
         """Read what `to_json` wrote; a missing or odd value raises KeyError or TypeError."""
+        # Format 1.0 had none of these.
         before = {"form": "fp32" if value["quantization"].startswith("none") else "int8"}
-        value = {"architecture": {}, **before, **value}  # format 1.0 had neither
+        value = {"architecture": {}, "calibration": {}, "accepted_loss": (), **before, **value}
         values = {f.name: value[f.name] for f in dataclasses.fields(cls)}
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
         values["controls"] = ControlTokens.from_json(value["controls"])
         values["window"] = Window(**value["window"])
         values["data"] = tuple(value["data"])
+        values["accepted_loss"] = tuple(value["accepted_loss"])
         values["architecture"] = dict(value["architecture"])
         values["files"] = {
             name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in value["files"].items()
@@ -268,34 +281,72 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, info)
 
 
-def write_bundle(folder: Path, fill: Callable[[Path], BundleInfo], *, force: bool = False) -> None:
+def write_bundle(
+    folder: Path, fill: Callable[[Path], BundleInfo], *, force: bool = False
+) -> BundleInfo:
     """Write a bundle: `fill` writes its files into the folder it is given and describes them.
 
     The bundle appears as `folder` when it is complete, or not at all.
 
     Raises:
         UsageError: `folder` exists, and `force` is not given.
+        OutputError: it cannot be written.
     """
-    if folder.exists() and not force:
-        raise UsageError(f"{folder} exists: choose another folder, or give --force")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder, force=force) as part:
         info = fill(part)
         files = {
             path.name: FileDigest(path.stat().st_size, _sha256(path))
             for path in sorted(part.iterdir())
         }
-        text = json.dumps(dataclasses.replace(info, files=files).to_json(), indent=2)
+        info = dataclasses.replace(info, files=files)
+        text = json.dumps(info.to_json(), indent=2)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return info
+
+
+def refuse_existing(folder: Path, *, force: bool) -> None:
+    """See that a folder may be written.
+
+    Raises:
+        UsageError: it exists, and `force` is not given; or what exists is no folder.
+    """
+    if folder.exists() and not (force and folder.is_dir()):
+        mend = ", or give --force" if folder.is_dir() else ""
+        raise UsageError(f"{folder} exists: choose another folder{mend}")
+
+
+@contextmanager
+def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to write files into, which appears as `folder` when all is written, or not at all.
+
+    Raises:
+        UsageError: `folder` exists, and `force` is not given.
+        OutputError: it cannot be written.
+    """
+    refuse_existing(folder, force=force)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        yield part
         for path in part.iterdir():
             path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         part.chmod(0o755)
+        replaced = part.with_name(part.name + ".replaced")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         part.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError(
+            f"{folder}: cannot be written: {error}: nothing was left of it; make room, or choose "
+            "another place"
+        ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

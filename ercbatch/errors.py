@@ -4,6 +4,8 @@ ErcbatchError                 exit 1
 ├── UsageError                exit 2: the call or its settings are wrong
 │   └── MissingExtraError     an optional dependency is not installed
 ├── InputError                exit 4: an input file cannot be used at all
+├── OutputError               exit 1: an output cannot be written
+├── LossError                 exit 1: a bundle would fall short of the model it is made from
 ├── RecordError               one input line is bad: it becomes a reject, the run goes on
 └── BundleError               exit 4: a bundle is missing, altered, or not for this program
 """
@@ -31,6 +33,14 @@ class InputError(ErcbatchError):
     """An input file cannot be read or is not what it should be."""
 
     exit_code = 4
+
+
+class OutputError(ErcbatchError):
+    """An output cannot be written: the disk is full, say."""
+
+
+class LossError(ErcbatchError):
+    """A bundle would fall short of the model that it is made from."""
 
 
 class RecordError(ErcbatchError):

@@ -20,7 +20,7 @@ from ercbatch.labels import LabelSet, label_set, label_set_names
 from ercbatch.transcript import printable
 
 _BINS = 15
-_COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+_COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +231,6 @@ def _figures(
     weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
     answered = predicted >= 0
     right = gold == predicted
-    order = np.lexsort((-confidence, ~answered))
-    wrong_so_far = np.cumsum(~right[order])
-    points = []
-    for coverage in _COVERAGES:
-        count = max(1, round(coverage * len(gold)))
-        risk = float(wrong_so_far[count - 1] / count)
-        points.append(CoveragePoint(coverage, risk, float(confidence[order[count - 1]])))
     return Evaluation(
         labels=labels.labels,
         utterances=len(gold),
@@ -252,8 +245,25 @@ def _figures(
             for i, name in enumerate(labels.labels)
         },
         confusion=confusion,
-        coverage=tuple(points),
+        coverage=coverage_points(confidence, right, answered),
     )
+
+
+def coverage_points(
+    confidence: npt.NDArray[np.float64],
+    right: npt.NDArray[np.bool_],
+    answered: npt.NDArray[np.bool_] | None = None,
+) -> tuple[CoveragePoint, ...]:
+    """Coverage against risk of answers [n], the surest first, by default all of them answered."""
+    last = np.zeros(len(right), bool) if answered is None else ~answered
+    order = np.lexsort((-confidence, last))
+    wrong_so_far = np.cumsum(~right[order])
+    points = []
+    for coverage in _COVERAGES:
+        count = max(1, round(coverage * len(order)))
+        risk = float(wrong_so_far[count - 1] / count)
+        points.append(CoveragePoint(coverage, risk, float(confidence[order[count - 1]])))
+    return tuple(points)
 
 
 def print_evaluation(found: Evaluation, console: Console | None = None) -> None:

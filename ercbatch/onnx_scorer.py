@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
+from ercbatch.onnx_file import check_onnx
 from ercbatch.packs import Pack
 from ercbatch.scoring import StateScorer
 
@@ -28,12 +30,21 @@ def available_threads() -> int:
     return threads
 
 
-def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, threads: int, listed: Collection[str] = ()
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
+    Args:
+        path: the graph.
+        threads: processor threads of the session.
+        listed: names of the files beside it that may hold its external data.
+
     Raises:
-        BundleError: the runtime does not accept the graph.
+        BundleError: the graph asks for what a bundle must not (see `check_onnx`), or the runtime
+            does not accept it.
     """
+    check_onnx(path, listed)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -52,13 +63,15 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 class OnnxScorer(StateScorer):
-    """Scores packs with `model.onnx`."""
+    """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it."""
 
     packages = ("onnxruntime",)
 
-    def __init__(self, path: Path, head: AnswerHead, threads: int) -> None:
+    def __init__(
+        self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
+    ) -> None:
         self.head = head
-        self._session = open_session(path, threads)
+        self._session = open_session(path, threads, listed)
         self._threads = threads
 
     def describe(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
+from pathlib import Path
 
 from safetensors.numpy import load_file
 
@@ -12,6 +14,7 @@ from ercbatch.bundle import RUNTIMES, Bundle
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.scoring import Scorer
+from ercbatch.standard_scorer import StandardScorer
 
 AUTO = "auto"
 
@@ -40,18 +43,30 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
-    info = bundle.info
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
-    if RUNTIMES[info.form] == "onnx":
-        return OnnxScorer(bundle.path(files.MODEL), head, threads)
+    return open_model(bundle.folder, bundle.info.form, head, threads, bundle.info.files)
+
+
+def open_model(
+    folder: Path, form: str, head: AnswerHead, threads: int, listed: Collection[str]
+) -> Scorer:
+    """The scorer of a model of this form in a folder, whose files are `listed`.
+
+    Raises:
+        BundleError: the runtime does not accept the model.
+        MissingExtraError: the runtime is not installed.
+    """
+    if RUNTIMES[form] == "onnx":
+        kind = StandardScorer if form == "optimum" else OnnxScorer
+        return kind(folder / files.MODEL, head, threads, listed)
     try:
         from ercbatch.bnb_scorer import BnbScorer
     except ImportError as error:
         raise MissingExtraError(
-            f"bundle {info.name!r} is {info.form}, which torch and bitsandbytes run ({error}): "
+            f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "
             "pip install 'ercbatch[bnb]'"
         ) from error
-    weights = [bundle.path(name) for name in sorted(fnmatch.filter(info.files, files.WEIGHTS))]
-    if not weights:
-        raise BundleError(f"{bundle.folder}: the bundle has no weights: export it again")
-    return BnbScorer(bundle.path(files.CONFIG), weights, head, threads)
+    weights = sorted(fnmatch.filter(listed, files.WEIGHTS))
+    if not weights or files.CONFIG not in listed:
+        raise BundleError(f"{folder}: lacks {files.CONFIG} or {files.WEIGHTS}: export it again")
+    return BnbScorer(folder / files.CONFIG, [folder / name for name in weights], head, threads)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from ercbatch.bundle import RUNTIMES
 from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.errors import ErcbatchError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,14 +18,14 @@ def main() -> None:
 
 @main.command("encoder")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-def encoder_(source: Path, output: Path) -> None:
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def encoder_(source: Path, output: Path, force: bool) -> None:
     """Export a sentence-transformers model with mean pooling, quantized."""
     from export.encoder import export_encoder
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        export_encoder(source, output)
+        export_encoder(source, output, force=force)
     except ErcbatchError as error:
         raise Failure(error) from error
 
@@ -46,13 +47,26 @@ def encoder_(source: Path, output: Path) -> None:
 )
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option(
+    "--quantize",
+    "form",
+    type=click.Choice(list(RUNTIMES)),
+    default="int8",
+    show_default=True,
+    help="The form of the model; nf4 and bnb-int8 are for bitsandbytes, optimum for other tools.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["avx2", "avx512_vnni", "arm64"]),
+    default="avx2",
+    show_default=True,
+    help="With int8: the least processor it must run on; avx2 runs everywhere.",
+)
+@click.option(
     "--encoder",
-    required=True,
     help="What finds demonstrations: a folder that `python -m export encoder` wrote, or a bundle.",
 )
 @click.option(
     "--examples",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Demonstrations: JSONL with text and label.",
 )
@@ -64,7 +78,28 @@ def encoder_(source: Path, output: Path) -> None:
     metavar="K",
     help="Demonstrations a question shows by default.",
 )
-@click.option("--quantize", type=click.Choice(["int8", "fp32"]), default="int8", show_default=True)
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(0, 100),
+    default=0.5,
+    show_default=True,
+    metavar="POINTS",
+    help="Weighted F1 that the bundle may lose on validation data.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 100),
+    default=97.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="Labels that must be those of the model as it was trained.",
+)
+@click.option("--accept-loss", is_flag=True, help="Write it all the same, and say so in it.")
+@click.option(
+    "--also-checkpoint",
+    type=click.Path(path_type=Path),
+    help="Folder for the merged model as a Hugging Face checkpoint too.",
+)
 @click.option("--licence", required=True, help="Licence of the weights.")
 @click.option(
     "--provenance", multiple=True, help="What it was trained on, with licence; repeatable."
@@ -78,10 +113,15 @@ def bundle(
     labels: str | None,
     template: str,
     name: str,
-    encoder: str,
-    examples: Path,
+    form: str,
+    target: str,
+    encoder: str | None,
+    examples: Path | None,
     demos: int,
-    quantize: str,
+    max_loss: float,
+    min_agreement: float,
+    accept_loss: bool,
+    also_checkpoint: Path | None,
     licence: str,
     provenance: tuple[str, ...],
     base_name: str | None,
@@ -91,39 +131,50 @@ def bundle(
 
     With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
     """
-    from export.bundle import EXPORTED, BundleOptions, export_bundle
-    from train.recipe import Source
-    from train.run import load_run, untrained_run
+    from export.bundle import BundleOptions, export_bundle, run_loader, summary
+    from export.proof import Limits
 
+    if (encoder is None) != (examples is None):
+        raise click.UsageError("--encoder and --examples go together: give both, or neither")
+    if demos and encoder is None:
+        raise click.UsageError("--demos needs --encoder and --examples")
+    if data is not None and labels is None:
+        raise click.UsageError("--zero-shot needs --labels: name the label set of the dialogues")
+    if target != "avx2" and form != "int8":
+        raise click.UsageError(f"--target is for int8: {form} is the same on every processor")
     options = BundleOptions(
-        name, encoder, examples, demos, quantize, licence, provenance, base_name
+        name=name,
+        form=form,
+        target=target,
+        licence=licence,
+        encoder=encoder,
+        examples=examples,
+        demonstrations=demos,
+        provenance=provenance,
+        base_name=base_name,
+        also_checkpoint=also_checkpoint,
+        limits=Limits(max_loss / 100, min_agreement / 100),
+        accept_loss=accept_loss,
     )
     try:
-        if data is None:
-            run = load_run(Path(source), attention=EXPORTED)
-        elif labels is None:
-            raise UsageError("--zero-shot needs --labels: name the label set of the dialogues")
-        else:
-            given = Source(str(data), labels)
-            run = untrained_run(source, given, template, attention=EXPORTED)
-        click.echo(export_bundle(run, output, options, force=force))
+        load = run_loader(source, data, labels, template)
+        info = export_bundle(load, output, options, force=force)
     except ErcbatchError as error:
         raise Failure(error) from error
+    click.echo(summary(info, output))
 
 
 @main.command()
 @click.argument("bundle_name", metavar="BUNDLE")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option("--force", is_flag=True, help="Write into a folder that exists.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
 def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     """Write the model of BUNDLE as a Hugging Face checkpoint, a base to train on."""
     from ercbatch.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
     try:
-        if output.exists() and not force:
-            raise UsageError(f"{output} exists: choose another folder, or give --force")
-        write_checkpoint(open_bundle(find_bundle(bundle_name)), output)
+        write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
     except ErcbatchError as error:
         raise Failure(error) from error
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)

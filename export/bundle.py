@@ -1,51 +1,51 @@
-"""A training run to a bundle: merge, trace, quantize, calibrate, measure, write."""
+"""A training run to a bundle: merge, quantize, calibrate, prove, write; or write nothing."""
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import onnx
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
 from ercbatch.bank import build_bank, read_examples
-from ercbatch.bundle import BundleInfo, encoder_files, write_bundle
+from ercbatch.bundle import BundleInfo, encoder_files, refuse_existing, write_bundle
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import UsageError
-from ercbatch.evaluate import expected_calibration_error
+from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
-from ercbatch.onnx_scorer import OnnxScorer, available_threads, feed
-from ercbatch.packs import join
+from ercbatch.onnx_scorer import available_threads
+from ercbatch.packs import Pack, join
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
-from ercbatch.scoring import calibrated
+from ercbatch.scorers import open_model
+from ercbatch.scoring import Scorer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
-from export.attention import sum_softmax_in_double
-from export.model import export_scorer
-from export.quantize import quantize_graph
-from train.datasets import read_dataset
-from train.recipe import Source
-from train.run import TrainedRun
-from train.validate import Predictions, predict
+from export.card import card, card_json
+from export.forms import describe_form, sample_size, save_merged, write_form
+from export.model import fitting_dtype, traced_attention
+from export.proof import Limits, calibrate, compare, losses
+from train.datasets import Dataset, read_dataset
+from train.recipe import Recipe, Source
+from train.run import TrainedRun, load_run, run_checkpoint, untrained_run
+from train.validate import Predictions, distinct_dataset_names, predict
 
-EXPORTED = "eager"
-"""The form of attention that the exporter traces."""
-_SAMPLED = 64
-"""Training dialogues that quantization samples activations from."""
 _SHOWN = 3
 """Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
-_QUANTIZATION = {
-    "int8": "int8 weights within ±63, int8 activations per token; int8 embedding rows",
-    "fp32": "none (float32)",
-}
+
+
+class Loader(Protocol):
+    """Loads what is exported."""
+
+    def __call__(self, *, merged: bool) -> TrainedRun:
+        """`merged`, with attention in the form that is traced; or as it was trained."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,96 +53,265 @@ class BundleOptions:
     """What the run does not say about its bundle."""
 
     name: str
-    encoder: str
-    examples: Path
-    demonstrations: int
-    quantize: str
+    form: str
     licence: str
-    provenance: tuple[str, ...]
+    target: str = "avx2"
+    encoder: str | None = None
+    examples: Path | None = None
+    demonstrations: int = 0
+    provenance: tuple[str, ...] = ()
     base_name: str | None = None
+    also_checkpoint: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    accept_loss: bool = False
+
+
+def run_loader(source: str, data: Path | None, labels: str | None, wording: str) -> Loader:
+    """What loads a run folder or, where `data` is labelled dialogues, an untrained base.
+
+    Raises:
+        UsageError: neither a run nor a causal language model.
+    """
+    if data is None:
+        folder = Path(source)
+        checkpoint = run_checkpoint(folder)
+
+        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+            return load_run(folder, merged=merged, attention=attention, dtype=dtype)
+
+    else:
+        checkpoint = source
+        given = Source(str(data), labels or "")
+
+        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+            return untrained_run(source, given, wording, attention=attention, dtype=dtype)
+
+    dtype = fitting_dtype(checkpoint)
+    exported = traced_attention(checkpoint)
+
+    def loader(*, merged: bool) -> TrainedRun:
+        return load(merged=merged, attention=exported if merged else None)
+
+    return loader
+
+
+class _Questions:
+    """What a run was taught to answer, and the data to hold a bundle of it against."""
+
+    def __init__(self, run: TrainedRun) -> None:
+        recipe = run.recipe
+        self.recipe: Recipe = recipe
+        self.wording = template(recipe.template)
+        taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
+        if not taught:
+            raise UsageError("the run has learnt no labels: there is nothing to label with")
+        sets = {source.labels: source.label_set() for source in taught}
+        self.label_sets: tuple[LabelSet, ...] = tuple(sets.values())
+        self.shown = taught[0]
+        self.renderers = {
+            s.name: Renderer(run.tokenizer, self.wording, recipe.window, s.labels)
+            for s in self.label_sets
+        }
+        self.tokens = sorted({t for r in self.renderers.values() for t in r.trie.tokens})
+        held_out = [read_dataset(source) for source in recipe.valid]
+        for dataset in held_out:
+            if dataset.labels.name not in self.renderers:
+                raise UsageError(
+                    f"{dataset.source.path}: the run has not learnt the labels of "
+                    f"{dataset.labels.name}: a bundle is measured on labels that it has"
+                )
+        names = distinct_dataset_names(held_out)
+        self.held_out: dict[str, Dataset] = {
+            f"{name}, validation split": dataset
+            for name, dataset in zip(names, held_out, strict=True)
+        }
+
+    def engine(self, scorer: Scorer, dataset: Dataset) -> Engine:
+        """What answers a dataset's questions, uncalibrated."""
+        renderer = self.renderers[dataset.labels.name]
+        return Engine(scorer, renderer, 1.0, self.recipe.pack_tokens)
+
+    def samples(self, count: int) -> list[Pack]:
+        """Packs of a few training dialogues."""
+        renderer = self.renderers[self.label_sets[0].name]
+        return [
+            join([(0, tree)])
+            for scene in read_dataset(self.shown).scenes[:count]
+            for tree in renderer.trees(
+                scene.dialogue,
+                [Question(Task.EMOTION, t) for t in range(len(scene.dialogue.utterances))],
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a scorer says of each dataset, and how long it took, in seconds."""
+
+    predictions: dict[str, Predictions]
+    seconds: dict[str, float]
+
+
+def _measure(questions: _Questions, scorer: Scorer) -> _Measured:
+    measured = _Measured({}, {})
+    for name, dataset in questions.held_out.items():
+        began = time.perf_counter()
+        measured.predictions[name] = predict(questions.engine(scorer, dataset), dataset)
+        measured.seconds[name] = time.perf_counter() - began
+    return measured
 
 
 def export_bundle(
-    run: TrainedRun, folder: Path, options: BundleOptions, *, force: bool = False
-) -> str:
-    """Write the bundle of a run loaded with `EXPORTED`; a summary of what was measured."""
-    recipe, model, tokenizer = run.recipe, run.model, run.tokenizer
-    encoder_model, encoder_tokenizer = encoder_files(options.encoder)
-    taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
-    if not taught:
-        raise UsageError("the run has learnt no labels: there is nothing to label with")
-    sets = tuple({source.labels: source.label_set() for source in taught}.values())
-    wording = template(recipe.template)
-    renderers = {s.name: Renderer(tokenizer, wording, recipe.window, s.labels) for s in sets}
-    tokens = sorted({token for r in renderers.values() for token in r.trie.tokens})
-    head = model.answer_head(tokens)
-    held_out = [read_dataset(source) for source in recipe.valid]
-    for dataset in held_out:
-        if dataset.labels.name not in renderers:
-            raise UsageError(
-                f"{dataset.source.path}: the run has not learnt the labels of "
-                f"{dataset.labels.name}: a bundle is measured on labels that it has"
-            )
-    graph = export_scorer(model)
-    if options.quantize == "int8":
-        quantize_graph(graph, samples=_samples(renderers[sets[0].name], taught[0]))
-        sum_softmax_in_double(graph)
-    lines: list[str] = []
+    load: Loader, folder: Path, options: BundleOptions, *, force: bool = False
+) -> BundleInfo:
+    """Write the bundle of what `load` loads, and say what it is.
+
+    The model as it was trained answers the validation data first; then it is merged, and only one
+    of the two is in memory at a time.
+
+    Raises:
+        UsageError: the folder exists, or the run cannot be made a bundle of.
+        LossError: the bundle would fall short of the model by more than the limits.
+        OSError: it cannot be written.
+    """
+    for path in (folder, options.also_checkpoint):
+        if path is not None:
+            refuse_existing(path, force=force)
+    encoder = None if options.encoder is None else encoder_files(options.encoder)
+    run = load(merged=False)
+    questions = _Questions(run)
+    original = _measure(questions, TorchScorer(run.model, questions.tokens))
+    del run
+    gc.collect()
+    run = load(merged=True)
+    run.model.check_packing()
+    if options.also_checkpoint is not None:
+        write_merged(run, options.also_checkpoint)
+    head = run.model.answer_head(questions.tokens)
 
     def fill(part: Path) -> BundleInfo:
-        onnx.save(graph, part / files.MODEL)
+        samples = questions.samples(sample_size(run.model))
         save_file(dict(head.tensors()), part / files.HEAD)
-        tokenizer.save(part / files.TOKENIZER)
-        shutil.copyfile(encoder_model, part / files.ENCODER)
-        shutil.copyfile(encoder_tokenizer, part / files.ENCODER_TOKENIZER)
-        encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
-        examples = read_examples(options.examples, sets[0])
-        retriever = Retriever(encoder, build_bank(examples, encoder))
-        retriever.bank.save(part)
-        scorer = OnnxScorer(part / files.MODEL, head, available_threads())
-        original = TorchScorer(model, tokens)
-        temperatures: dict[str, float] = {}
-        quality: dict[str, Any] = {}
-        for dataset in held_out:
-            name = dataset.labels.name
-            engine = Engine(scorer, renderers[name], 1.0, recipe.pack_tokens)
-            found = predict(engine, dataset)
-            reference = predict(replace(engine, scorer=original), dataset)
-            temperatures[name], figures = _figures(found, reference)
-            shown = replace(
-                engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN
-            )
-            with_them = predict(shown, dataset).figures()["weighted_f1"]
-            figures["weighted_f1_with_demonstrations"] = round(with_them, 4)
-            quality[f"{name}, validation split"] = figures
-            lines.append(f"{name}: {figures}")
-        info = BundleInfo(
-            name=options.name,
-            version=version("ercbatch"),
-            label_sets=sets,
-            template=wording.name,
-            template_version=wording.version,
-            controls=tokenizer.controls,
-            window=recipe.window,
-            later_turns=recipe.later_window if recipe.later_turns else 0,
-            pack_tokens=recipe.pack_tokens,
-            demonstrations=options.demonstrations,
-            temperatures=temperatures,
-            form=options.quantize,
-            quantization=_QUANTIZATION[options.quantize],
-            base=options.base_name or recipe.base,
-            data=(*options.provenance, f"demonstrations: {len(examples)} written examples"),
-            licence=options.licence,
-            quality=quality,
-            architecture=_architecture(model),
-        )
-        (part / files.CARD).write_text(_card(info, sets), encoding="utf-8")
+        run.tokenizer.save(part / files.TOKENIZER)
+        write_form(run, part, options.form, options.target, samples)
+        retriever = None
+        if encoder is not None and options.examples is not None:
+            retriever = _write_bank(questions, part, encoder, options.examples)
+        listed = [path.name for path in part.iterdir()]
+        scorer = open_model(part, options.form, head, available_threads(), listed)
+        info = _describe(questions, options, run, retriever)
+        info = _prove(info, questions, original, _measure(questions, scorer), options)
+        if retriever is not None:
+            info = _with_demonstrations(info, questions, scorer, retriever)
+        (part / files.CARD).write_text(card(info), encoding="utf-8")
+        (part / files.CARD_JSON).write_text(card_json(info), encoding="utf-8")
         return info
 
-    if not held_out:
-        lines.append("warning: no [[valid]] data in the recipe: confidences are not calibrated")
-    write_bundle(folder, fill, force=force)
-    return "\n".join(lines)
+    return write_bundle(folder, fill, force=force)
+
+
+def write_merged(run: TrainedRun, folder: Path) -> None:
+    """Write a merged model as an ordinary Hugging Face checkpoint."""
+    with files.whole_folder(folder, force=True) as part:
+        save_merged(run, part)
+
+
+def _write_bank(
+    questions: _Questions, part: Path, encoder: tuple[Path, Path], examples: Path
+) -> Retriever:
+    for source, name in zip(encoder, (files.ENCODER, files.ENCODER_TOKENIZER), strict=True):
+        shutil.copyfile(source, part / name)
+    opened = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
+    found = read_examples(examples, questions.label_sets[0])
+    retriever = Retriever(opened, build_bank(found, opened))
+    retriever.bank.save(part)
+    return retriever
+
+
+def _describe(
+    questions: _Questions,
+    options: BundleOptions,
+    run: TrainedRun,
+    retriever: Retriever | None,
+) -> BundleInfo:
+    """All of a bundle's description but what is measured."""
+    recipe = questions.recipe
+    data = options.provenance
+    if retriever is not None:
+        data = (*data, f"demonstrations: {len(retriever.bank.demonstrations)} written examples")
+    return BundleInfo(
+        name=options.name,
+        version=version("ercbatch"),
+        label_sets=questions.label_sets,
+        template=questions.wording.name,
+        template_version=questions.wording.version,
+        controls=run.tokenizer.controls,
+        window=recipe.window,
+        later_turns=recipe.later_window if recipe.later_turns else 0,
+        pack_tokens=recipe.pack_tokens,
+        demonstrations=options.demonstrations,
+        temperatures={},
+        form=options.form,
+        quantization=describe_form(options.form, options.target),
+        base=options.base_name or recipe.base,
+        data=data,
+        licence=options.licence,
+        quality={},
+        architecture=_architecture(run.model),
+    )
+
+
+def _prove(
+    info: BundleInfo,
+    questions: _Questions,
+    original: _Measured,
+    found: _Measured,
+    options: BundleOptions,
+) -> BundleInfo:
+    """The description with what was measured.
+
+    Raises:
+        LossError: the bundle falls short by more than the limits, and that is not accepted.
+    """
+    quality, lost = {}, []
+    for name, predictions in found.predictions.items():
+        speed = original.seconds[name] / found.seconds[name]
+        quality[name] = compare(predictions, original.predictions[name], speed)
+        lost += losses(name, quality[name], options.limits)
+    if lost and not options.accept_loss:
+        raise LossError(
+            "nothing is written, for the bundle would fall short of the model it is made from: "
+            + "; ".join(lost)
+            + ": choose another --quantize, or give --accept-loss"
+        )
+    alike: dict[str, list[Predictions]] = {}
+    for name, dataset in questions.held_out.items():
+        alike.setdefault(dataset.labels.name, []).append(found.predictions[name])
+    calibration = {labels: calibrate(several) for labels, several in alike.items()}
+    return replace(
+        info,
+        quality=quality,
+        accepted_loss=tuple(lost),
+        calibration=calibration,
+        temperatures={labels: c["temperature"] for labels, c in calibration.items()},
+    )
+
+
+def _with_demonstrations(
+    info: BundleInfo, questions: _Questions, scorer: Scorer, retriever: Retriever
+) -> BundleInfo:
+    """The description with what demonstrations do to the figures."""
+    quality = {}
+    for name, dataset in questions.held_out.items():
+        engine = replace(
+            questions.engine(scorer, dataset),
+            retriever=retriever.restricted(dataset.labels),
+            demonstrations=_SHOWN,
+        )
+        shown = predict(engine, dataset).figures()["weighted_f1"]
+        key = "weighted_f1_with_demonstrations"
+        quality[name] = {**info.quality[name], key: round(shown, 4)}
+    return replace(info, quality=quality)
 
 
 def _architecture(model: PackedModel) -> dict[str, Any]:
@@ -152,61 +321,23 @@ def _architecture(model: PackedModel) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in (*left_out, "quantization_config")}
 
 
-def _samples(renderer: Renderer, source: Source) -> list[Mapping[str, Any]]:
-    """Inputs of the graph from a few training dialogues: they show its activations' outliers."""
-    dialogues = [scene.dialogue for scene in read_dataset(source).scenes[:_SAMPLED]]
-    return [
-        feed(join([(0, tree)]))
-        for dialogue in dialogues
-        for tree in renderer.trees(
-            dialogue, [Question(Task.EMOTION, t) for t in range(len(dialogue.utterances))]
-        )
-    ]
-
-
-def _figures(found: Predictions, reference: Predictions) -> tuple[float, dict[str, float]]:
-    """(temperature, figures). The temperature is fitted on every other dialogue; the calibration
-    error is measured on the rest."""
-    fitting = found.dialogue % 2 == 0
-    logs = np.log(found.probabilities.clip(1e-12))
-    temperature = fit_temperature(logs[fitting], found.gold[fitting])
-    errors = []
-    for t in (1.0, temperature):
-        probabilities = calibrated(logs[~fitting], t)
-        right = probabilities.argmax(1) == found.gold[~fitting]
-        errors.append(expected_calibration_error(probabilities.max(1), right))
-    same = found.probabilities.argmax(1) == reference.probabilities.argmax(1)
-    figures = found.figures()
-    figures["weighted_f1_float32"] = reference.figures()["weighted_f1"]
-    figures["agreement_with_float32"] = float(same.mean())
-    figures["calibration_error_before"], figures["calibration_error_after"] = errors
-    return temperature, {name: round(value, 4) for name, value in figures.items()}
-
-
-def fit_temperature(logs: np.ndarray, gold: np.ndarray) -> float:
-    """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels].
-
-    1 where there are none.
-    """
-    if not len(gold):
-        return 1.0
-    grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
-    losses = [
-        -np.log(calibrated(logs, float(t))[np.arange(len(gold)), gold].clip(1e-12)).mean()
-        for t in grid
-    ]
-    return round(float(grid[int(np.argmin(losses))]), 4)
-
-
-def _card(info: BundleInfo, sets: tuple[LabelSet, ...]) -> str:
-    rows = [f"# {info.name}", "", "A bundle for `ercbatch label`: an emotion for every utterance."]
-    rows += ["", f"- Base: {info.base}", f"- Quantization: {info.quantization}"]
-    rows += [f"- Data: {source}" for source in info.data]
-    rows += [f"- Licence: {info.licence}", "", "## Label sets", ""]
-    rows += [f"- `{s.name}`: {', '.join(s.labels)}" for s in sets]
-    rows += ["", "## Measured with this bundle", ""]
+def summary(info: BundleInfo, folder: Path) -> str:
+    """What was written and measured, for people."""
+    size = sum(digest.size for digest in info.files.values()) / 1e6
+    lines = [f"{folder}: {info.form}, {size:,.1f} MB"]
     for name, figures in info.quality.items():
-        rows += [f"### {name}", "", "| figure | value |", "|---|---|"]
-        rows += [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]
-        rows.append("")
-    return "\n".join(rows) + "\n"
+        lines.append(
+            f"{name}: weighted F1 {figures['weighted_f1']:.2%} (the original's "
+            f"{figures['weighted_f1_original']:.2%}), {figures['agreement']:.1%} of the labels "
+            f"its labels, probabilities within {figures['largest_difference']:.4f}, "
+            f"{figures['speed_ratio']:.2f} times as fast"
+        )
+    for name, found in info.calibration.items():
+        lines.append(
+            f"{name}: calibration error {found['error_after']} (before {found['error_before']}; "
+            f"of true probabilities {found['error_if_perfect']})"
+        )
+    if not info.quality:
+        lines.append("warning: no [[valid]] data in the recipe: neither measured nor calibrated")
+    lines += [f"warning: accepted loss: {loss}" for loss in info.accepted_loss]
+    return "\n".join(lines)

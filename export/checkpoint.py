@@ -1,7 +1,7 @@
 """A bundle back to a Hugging Face checkpoint, to train on from there.
 
-The graph has kept the model's names: a parameter that is used as it is has its own, and the output
-of a product is called after its module. Quantized weights come back as what they stand for.
+The graph has kept the names of the model's parameters. Quantized weights come back as what they
+stand for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
-from ercbatch.bundle import Bundle
+from ercbatch.bundle import Bundle, refuse_existing, whole_folder
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
 from ercbatch.labeler import Labeler
@@ -28,7 +28,8 @@ from ercbatch.tokens import control_tokens
 from ercbatch.torch_model import PackedModel, refuse_code
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Task
-from export.quantize import product_weights
+from export.graph import TRANSPOSED
+from export.quantize import stored_weights
 from export.rounding import Array
 
 _CLOSE = 0.99
@@ -42,13 +43,15 @@ _ODD = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, Value
 """What transformers and torch raise at a configuration, or weights, that make no model."""
 
 
-def write_checkpoint(bundle: Bundle, folder: Path) -> None:
+def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> None:
     """Write the model of a bundle as a checkpoint that `train fit` takes as a base.
 
     Raises:
         BundleError: it doesn't say what its architecture is, or its weights cannot be read back.
-        UsageError: its architecture asks to run code.
+        UsageError: its architecture asks to run code, or `folder` exists.
+        OutputError: it cannot be written.
     """
+    refuse_existing(folder, force=force)
     config = dict(bundle.info.architecture)
     if not config:
         raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
@@ -71,9 +74,10 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
-    with packed.whole() as whole:
-        whole.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_folder(folder, force=force) as part:
+        with packed.whole() as whole:
+            whole.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:
@@ -104,19 +108,15 @@ def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:
 def _parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
     """Parameter -> its value, of those that are in the graph."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    for name in [n for n in constants if n.startswith(_INNER) and n.endswith("_int8")]:
-        table = name.removesuffix("_int8")
-        constants[table] = constants[name] * constants[f"{table}_scale"]
-    for node in graph.graph.node:
-        if node.op_type == "Identity" and node.input[0] in constants:  # parameters of equal value
-            constants[node.output[0]] = constants[node.input[0]]
-    found = {name.removeprefix(_INNER): value for name, value in constants.items()}
+    turned = [name for name in constants if name.endswith(TRANSPOSED)]
+    constants.update({name.removesuffix(TRANSPOSED): constants[name].T for name in turned})
+    tables, products = stored_weights(graph)
+    found = {**constants, **tables}
     modules = dict(model.named_modules())
-    for output, weight in product_weights(graph).items():
-        module = output.strip("/").rpartition("/")[0].replace("/", ".").removeprefix(_INNER)
-        linear = isinstance(modules.get(module), nn.Linear)
-        found[f"{module}.weight"] = weight.T if linear else weight
-    return found
+    for name, weight in products.items():
+        module = modules.get(name.removeprefix(_INNER).rpartition(".")[0])
+        found[name] = weight.T if isinstance(module, nn.Linear) else weight
+    return {name.removeprefix(_INNER): value for name, value in found.items()}
 
 
 def _compare(model: PackedModel, labeler: Labeler) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -18,9 +14,9 @@ from transformers import AutoModel
 from ercbatch import bundle
 from ercbatch.errors import UsageError
 from ercbatch.torch_model import check_config
-from export.quantize import Feed, quantize_graph
-
-OPSET = 17
+from export.quantize import quantize_lookups, quantize_products
+from export.statistics import module_inputs
+from export.trace import trace
 
 _SAMPLES = (
     "I can't believe you did that!",
@@ -52,8 +48,10 @@ class PooledEncoder(nn.Module):
         return nn.functional.normalize(mean, dim=-1)
 
 
-def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -> None:
-    """Write `encoder.onnx` and `encoder_tokenizer.json` into `folder`.
+def export_encoder(
+    source: str | Path, folder: Path, *, quantize: bool = True, force: bool = False
+) -> None:
+    """Write a folder of `encoder.onnx` and `encoder_tokenizer.json`.
 
     The graph takes `input_ids` and `attention_mask` [batch, length] int64, and gives `embeddings`
     [batch, dim] float32, each of length 1.
@@ -64,7 +62,8 @@ def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -
         quantize: int8 weights; otherwise float32.
 
     Raises:
-        UsageError: not such a model.
+        UsageError: not such a model, or `folder` exists and `force` is not given.
+        OutputError: it cannot be written.
     """
     inner = transformer_folder(Path(source))
     check_config(str(inner))
@@ -80,10 +79,11 @@ def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -
         ) from error
     if hasattr(model, "pooler"):
         model.pooler = None
+    pooled = PooledEncoder(model)
     ids = torch.ones((2, 7), dtype=torch.long)
     axes = {0: "batch", 1: "length"}
     graph = trace(
-        PooledEncoder(model),
+        pooled,
         (ids, ids),
         {"input_ids": axes, "attention_mask": axes},
         {"embeddings": {0: "batch"}},
@@ -91,9 +91,11 @@ def export_encoder(source: str | Path, folder: Path, *, quantize: bool = True) -
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if quantize:
-        quantize_graph(graph, samples=[_feed(tokenizer, text) for text in _SAMPLES])
-    onnx.save(graph, folder / bundle.ENCODER)
-    tokenizer.save(str(folder / bundle.ENCODER_TOKENIZER), pretty=False)
+        quantize_products(graph, sampler=module_inputs(pooled, lambda: _run(pooled, tokenizer)))
+        quantize_lookups(graph)
+    with bundle.whole_folder(folder, force=force) as part:
+        graph.save(part / bundle.ENCODER)
+        tokenizer.save(str(part / bundle.ENCODER_TOKENIZER), pretty=False)
 
 
 def transformer_folder(source: Path) -> Path:
@@ -134,30 +136,7 @@ def _pooling_modes(config: dict[str, Any]) -> list[str]:
     return [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
 
 
-def _feed(tokenizer: Tokenizer, text: str) -> Feed:
-    ids = np.array([tokenizer.encode(text).ids], np.int64)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-def trace(
-    module: nn.Module,
-    example: tuple[Tensor, ...],
-    inputs: dict[str, dict[int, str]],
-    outputs: dict[str, dict[int, str]],
-) -> onnx.ModelProto:
-    """Export a module; `inputs` and `outputs` name the dynamic axes of each."""
-    with TemporaryDirectory() as folder, torch.inference_mode(), warnings.catch_warnings():
-        # The exporter says that it is deprecated, and that shape checks become constants.
-        warnings.simplefilter("ignore")
-        path = Path(folder) / "traced.onnx"
-        torch.onnx.export(
-            module,
-            example,
-            path,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes={**inputs, **outputs},
-            opset_version=OPSET,
-            dynamo=False,
-        )
-        return onnx.load(path)
+def _run(encoder: PooledEncoder, tokenizer: Tokenizer) -> None:
+    for text in _SAMPLES:
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        encoder(ids, torch.ones_like(ids))

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import onnx
+from pathlib import Path
+
+import psutil
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ercbatch.torch_model import PackedModel
-from export.encoder import trace
+from ercbatch.torch_model import PackedModel, check_config
+from export.graph import Graph
+from export.trace import trace
+
+EXPORTED = "eager"
+"""The form of attention that is traced. GPT-2's eager one has a table of its own, as long as its
+positions: it is traced as torch's fused attention."""
+_FUSED = ("gpt2",)
 
 
-def export_scorer(model: PackedModel) -> onnx.ModelProto:
+def traced_attention(source: str) -> str:
+    """The form of attention in which a checkpoint is traced."""
+    return "sdpa" if check_config(source).get("model_type") in _FUSED else EXPORTED
+
+
+def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
     """The float32 graph: tokens, positions, ends [packs, length], reads -> states [reads, hidden].
 
-    The mask is built inside the graph from `ends`; no vocabulary-sized product is in it.
+    The mask is built inside the graph from `ends`; no vocabulary-sized product is in it. `data` as
+    for `Graph`.
     """
     length = 9
     tokens = torch.arange(2 * length).reshape(2, length) % 50
@@ -25,4 +40,16 @@ def export_scorer(model: PackedModel) -> onnx.ModelProto:
         (tokens, positions, ends, reads),
         {"tokens": axes, "positions": axes, "ends": axes, "reads": {0: "reads"}},
         {"states": {0: "reads"}},
+        data,
     )
+
+
+def fitting_dtype(source: str) -> torch.dtype | str:
+    """The type to load a checkpoint's weights in: float32 where that takes no more than half of the
+    free memory, and otherwise the type that they have."""
+    check_config(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    return torch.float32 if size <= psutil.virtual_memory().available / 2 else "auto"

@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ercbatch import bundle as files
 from ercbatch.bundle import encoder_files
@@ -28,50 +30,100 @@ MODEL, ADAPTER = "model", "adapter"
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A finished run, its adapter merged.
+    """A finished run.
 
-    `data` and `files`, what else it depends on, map paths to SHA-256.
+    `data` and `files`, what else it depends on, map paths to SHA-256. `checkpoint` is the model
+    that was loaded, a folder or a hub id; its tokenizer is the run's.
     """
 
     recipe: Recipe
+    checkpoint: str
     data: Mapping[str, str]
     files: Mapping[str, str]
     model: PackedModel
     tokenizer: SegmentTokenizer
 
 
-def load_run(folder: Path, *, attention: str | None = None) -> TrainedRun:
-    """Read a run folder; `attention` is the implementation that transformers should use.
+def load_run(
+    folder: Path, *, merged: bool = True, attention: str | None = None, dtype: Any = torch.float32
+) -> TrainedRun:
+    """Read a run folder.
+
+    Args:
+        folder: what `train fit` wrote.
+        merged: the adapter merged into the base as it is in full precision, whatever precision it
+            was trained on; otherwise the model as it was trained.
+        attention: the implementation of attention that transformers should use.
+        dtype: of the weights, as `from_pretrained` takes it.
 
     Raises:
-        UsageError: not a run folder, one that diverged at once, or its base is missing.
+        UsageError: not a run folder, one that diverged at once, or its base is missing or another.
     """
+    recipe, described = _described(folder)
+    controls = ControlTokens.from_json(described["controls"])
+    data, others = described["data"], described.get("files", {})
+    settings: dict[str, Any] = {"attn_implementation": attention}
+    if recipe.load != "full" and not merged:
+        settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
+    else:
+        settings["dtype"] = dtype
+    checkpoint = _checkpoint(folder, recipe)
+    if recipe.method == "lora":
+        _check_base(folder, recipe, others)
+    model, _ = load_causal_lm(checkpoint, **settings)
+    if recipe.method == "lora":
+        model = _adapted(model, folder / ADAPTER)
+        model = model.merge_and_unload() if merged else model.base_model.model
+    tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
+    return TrainedRun(recipe, checkpoint, data, others, PackedModel(model.eval()), tokenizer)
+
+
+def run_checkpoint(folder: Path) -> str:
+    """The checkpoint that a run's model is loaded from, before its adapter.
+
+    Raises:
+        UsageError: not a run folder, or one that diverged at once.
+    """
+    return _checkpoint(folder, _described(folder)[0])
+
+
+def _checkpoint(folder: Path, recipe: Recipe) -> str:
+    return str(folder / MODEL) if recipe.method == "full" else recipe.base
+
+
+def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
     path = folder / DESCRIPTION
     try:
         described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         recipe = recipe_from(path, described["recipe"])
-        controls = ControlTokens.from_json(described["controls"])
-        data, others = described["data"], described.get("files", {})
-    except (OSError, ValueError, KeyError) as error:
+        ControlTokens.from_json(described["controls"])
+        described["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
         ) from error
     if described.get("diverged") and not described["kept"]:
         raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
-    settings: dict[str, Any] = {"attn_implementation": attention}
-    if recipe.load != "full":
-        settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
-    if recipe.method == "full":
-        model, _ = load_causal_lm(str(folder / MODEL), **settings)
-    else:
-        model, _ = load_causal_lm(recipe.base, **settings)
-        if recipe.load != "full":
-            # The adapter was fitted to the rounded weights: on others it would be off by as much.
-            # In float32, or merging would round it away.
-            model = model.dequantize().float()
-        model = PeftModel.from_pretrained(model, folder / ADAPTER).merge_and_unload()
-    tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
-    return TrainedRun(recipe, data, others, PackedModel(model.float().eval()), tokenizer)
+    return recipe, described
+
+
+def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
+    for path in Path(recipe.base).glob("*.safetensors"):
+        expected = digests.get(str(path))
+        if expected is not None and digest(path) != expected:
+            raise UsageError(
+                f"{path}: not the base that the adapter in {folder} was trained on (its SHA-256 "
+                "is another): put that base back, or train again"
+            )
+
+
+def _adapted(model: Any, adapter: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise UsageError(
+            f"{adapter}: not an adapter for this base ({str(error).splitlines()[0]}): train again"
+        ) from error
 
 
 def is_diverged(folder: Path) -> bool:
@@ -87,7 +139,14 @@ def is_diverged(folder: Path) -> bool:
         raise UsageError(f"{path}: cannot be read ({error}): start again with --force") from error
 
 
-def untrained_run(base: str, source: Source, wording: str, *, attention: str) -> TrainedRun:
+def untrained_run(
+    base: str,
+    source: Source,
+    wording: str,
+    *,
+    attention: str | None = None,
+    dtype: Any = torch.float32,
+) -> TrainedRun:
     """A base as it is, as if it were a run: for zero-shot figures and bundles.
 
     `source` is the labelled data to measure on; `wording` the template's name.
@@ -95,8 +154,8 @@ def untrained_run(base: str, source: Source, wording: str, *, attention: str) ->
     Raises:
         UsageError: not a causal language model, or no such template.
     """
-    model, tokenizer = load_causal_lm(base, attn_implementation=attention)
-    packed = PackedModel(model.float().eval())
+    model, tokenizer = load_causal_lm(base, attn_implementation=attention, dtype=dtype)
+    packed = PackedModel(model.eval())
     packed.check_packing()
     window = Window()
     tokens = min(window.max_tokens, packed.longest_prompt or window.max_tokens)
@@ -110,7 +169,7 @@ def untrained_run(base: str, source: Source, wording: str, *, attention: str) ->
             max_tokens=tokens, max_utterance_tokens=min(window.max_utterance_tokens, tokens // 4)
         ),
     )
-    return TrainedRun(recipe, {source.path: digest(source.path)}, {}, packed, tokenizer)
+    return TrainedRun(recipe, base, {source.path: digest(source.path)}, {}, packed, tokenizer)
 
 
 def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Validation:
         self._retrievers = retrievers or {}
         self._datasets = [
             (name, d, Renderer(tokenizer, wording, recipe.window, d.labels.labels))
-            for name, d in zip(_names(datasets), datasets, strict=True)
+            for name, d in zip(distinct_dataset_names(datasets), datasets, strict=True)
         ]
 
     def figures(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
@@ -125,7 +125,7 @@ class Validation:
         return found
 
 
-def _names(datasets: Sequence[Dataset]) -> list[str]:
+def distinct_dataset_names(datasets: Sequence[Dataset]) -> list[str]:
     """The label set of each; with the file's name where several have it."""
     names = [d.labels.name for d in datasets]
     for name in set(names):

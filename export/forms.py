@@ -1,0 +1,108 @@
+"""A merged model in each of the forms that a bundle may have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoTokenizer
+
+from ercbatch import bundle as files
+from ercbatch.packs import Pack
+from ercbatch.torch_model import PackedModel, collate
+from export.attention import sum_softmax_in_order
+from export.fusions import fuse_rotations
+from export.graph import data_file
+from export.int4 import quantize_products_to_4_bits
+from export.model import trace_scorer
+from export.quantize import WEIGHT_RANGE, quantize_lookups, quantize_products
+from export.standard import export_standard
+from export.statistics import module_inputs
+from train.run import TrainedRun
+
+TARGETS = tuple(WEIGHT_RANGE)
+_LARGE = 2_000_000_000
+"""Parameters from which weights are rounded each for itself: a large model loses little by it, and
+to sample its activations takes a pass through all of it for every few layers."""
+_SAMPLED = 64
+"""Training dialogues that show a smaller one's activations."""
+_PARAMETER_BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.625}
+
+
+def describe_form(form: str, target: str) -> str:
+    """A form for people."""
+    return {
+        "fp32": "none (float32)",
+        "int8": (
+            f"int8 weights within ±{WEIGHT_RANGE[target]}, int8 activations per token; "
+            "int8 embedding rows"
+        ),
+        "int4": "4-bit weights in blocks of 32, int8 activations per block; int8 embedding rows",
+        "nf4": "NF4 weights, double quantization (bitsandbytes)",
+        "bnb-int8": "int8 weights and activations (bitsandbytes)",
+        "optimum": "none (float32, text-generation-with-past)",
+    }[form]
+
+
+def write_form(
+    run: TrainedRun, folder: Path, form: str, target: str, samples: Sequence[Pack]
+) -> None:
+    """Write the files of a merged model that attends eagerly.
+
+    `samples` are packs that show what its activations are like; without them every weight is
+    rounded for itself.
+
+    Raises:
+        UsageError: the model cannot be had in this form.
+        MissingExtraError: a library that this form needs is not installed.
+        OSError: it cannot be written.
+    """
+    if form in _PARAMETER_BYTES:
+        write_graph(run.model, folder, form, target, samples)
+    else:
+        # The form is for other tools, which read the rest of a checkpoint too.
+        with TemporaryDirectory(dir=folder) as checkpoint:
+            save_merged(run, Path(checkpoint))
+            export_standard(Path(checkpoint), folder)
+
+
+def save_merged(run: TrainedRun, folder: Path) -> None:
+    """Write a merged model as an ordinary Hugging Face checkpoint into a folder."""
+    with run.model.whole() as whole:
+        whole.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(run.checkpoint, trust_remote_code=False).save_pretrained(folder)
+
+
+def write_graph(
+    model: PackedModel, folder: Path, form: str, target: str, samples: Sequence[Pack]
+) -> None:
+    """Write `model.onnx`; of a large model, with a data file beside it. See `write_form`."""
+    size = sum(p.numel() for p in model.model.parameters()) * _PARAMETER_BYTES[form]
+    graph = trace_scorer(model, data_file(folder, size))
+    if form != "fp32":
+        sum_softmax_in_order(graph)
+    fuse_rotations(graph)
+    sampler = module_inputs(model, _runs(model, samples)) if samples else None
+    if form == "int8":
+        quantize_products(graph, weight_range=WEIGHT_RANGE[target], sampler=sampler)
+    elif form == "int4":
+        quantize_products_to_4_bits(graph, sampler=sampler)
+    if form != "fp32":
+        quantize_lookups(graph)
+    graph.save(folder / files.MODEL)
+
+
+def _runs(model: PackedModel, samples: Sequence[Pack]) -> Callable[[], None]:
+    device = next(model.parameters()).device
+
+    def run() -> None:
+        for pack in samples:
+            model(*(tensor.to(device) for tensor in collate([pack])))
+
+    return run
+
+
+def sample_size(model: PackedModel) -> int:
+    """How many dialogues should guide the rounding of a model's weights."""
+    return 0 if sum(p.numel() for p in model.model.parameters()) > _LARGE else _SAMPLED

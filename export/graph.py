@@ -1,0 +1,282 @@
+"""An ONNX graph under rewriting, and the weights that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import save_external_data, set_external_data
+
+from ercbatch import bundle
+from export.rounding import Array
+
+MICROSOFT = "com.microsoft"
+"""ONNX Runtime's own operators."""
+TRANSPOSED = "_transposed"
+"""Ends the name of a weight that is stored as the product takes it, [inputs, outputs]."""
+_OUTSIDE = 1024
+"""Bytes from which a constant goes into the data file, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`output` = `activation` [..., k] x the matrix [k, n] called `weight` (+ `bias`).
+
+    `flipped`: the constant of that name is [n, k].
+    """
+
+    node: NodeProto
+    activation: str
+    weight: str
+    flipped: bool
+    bias: str | None
+    output: str
+
+
+class Graph:
+    """A graph whose nodes are replaced where they stand, and whose weights are read when needed.
+
+    Args:
+        model: opset 13 or later.
+        weights: name -> tensor, of constants that the graph names without holding them.
+        data: a file for large constants, each written there as soon as it is added: the whole
+            model is never in memory. By default they are kept in the graph (2 GiB at most).
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        data: Path | None = None,
+    ) -> None:
+        self.model = model
+        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self._weights = weights or {}
+        self._data = data
+        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._added: dict[str, TensorProto] = {}
+        self._index()
+
+    def _index(self) -> None:
+        nodes = self.model.graph.node
+        self._instead: dict[str, list[NodeProto]] = {}
+        self.producers = {name: node for node in nodes for name in node.output}
+        self.users: dict[str, list[NodeProto]] = {}
+        for node in nodes:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+        self._outputs = {output.name for output in self.model.graph.output}
+
+    @property
+    def nodes(self) -> Sequence[NodeProto]:
+        """All nodes, in order."""
+        nodes: Sequence[NodeProto] = self.model.graph.node
+        return nodes
+
+    def source(self, name: str) -> str:
+        """The constant that a name stands for, where it is a copy; else the name itself."""
+        node = self.producers.get(name)
+        while node is not None and node.op_type == "Identity":
+            name = node.input[0]
+            node = self.producers.get(name)
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a constant; None for what is none."""
+        if name in self._weights:
+            return tuple(self._weights[name].shape)
+        tensor = self._constants.get(name)
+        return None if tensor is None else tuple(tensor.dims)
+
+    def value(self, name: str) -> Array:
+        """A constant's value, in float32."""
+        if name in self._weights:
+            found: Array = self._weights[name].detach().float().cpu().numpy()
+            return found
+        return numpy_helper.to_array(self._constants[name])
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a name is a constant float matrix."""
+        shape = self.shape(name)
+        tensor = self._constants.get(name)
+        floats = tensor is None or tensor.data_type == TensorProto.FLOAT
+        return shape is not None and len(shape) == 2 and floats
+
+    def matrix(self, product: Product) -> Array:
+        """The matrix [k, n] of a product."""
+        value = self.value(product.weight)
+        return value.T if product.flipped else value
+
+    def integer(self, name: str) -> int | None:
+        """The value of a constant with one element; None for anything else."""
+        node = self.producers.get(name)
+        while node is not None and node.op_type in ("Identity", "Unsqueeze"):
+            name = node.input[0]
+            node = self.producers.get(name)
+        if node is not None and node.op_type == "Constant":
+            value = numpy_helper.to_array(attributes(node)["value"])
+        elif name in self._constants:
+            value = numpy_helper.to_array(self._constants[name])
+        else:
+            return None
+        return int(value.item()) if value.size == 1 else None
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two names are computed alike."""
+        if one == other:
+            return True
+        a, b = self.producers.get(one), self.producers.get(other)
+        return (
+            a is not None
+            and b is not None
+            and a.op_type == b.op_type
+            and attributes(a) == attributes(b)
+            and len(a.input) == len(b.input)
+            and all(map(self.same, a.input, b.input))
+        )
+
+    def products(self) -> list[Product]:
+        """Every product with a constant float matrix: MatMul, and Gemm without scaling."""
+        found = (self.product(node) for node in self.nodes)
+        return [product for product in found if product is not None]
+
+    def product(self, node: NodeProto) -> Product | None:
+        """The node as a product with a constant float matrix, or None."""
+        if node.op_type not in ("MatMul", "Gemm"):
+            return None
+        options = attributes(node)
+        if options.get("transA", 0) or any(options.get(n, 1.0) != 1.0 for n in ("alpha", "beta")):
+            return None
+        flipped = bool(options.get("transB", 0))
+        weight = self.source(node.input[1])
+        turned = self.producers.get(weight)
+        if turned is not None and turned.op_type == "Transpose":
+            if list(attributes(turned).get("perm", (1, 0))) != [1, 0]:
+                return None
+            weight, flipped = self.source(turned.input[0]), not flipped
+        if not self.is_matrix(weight):
+            return None
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        return Product(node, node.input[0], weight, flipped, bias, node.output[0])
+
+    def used_once(self, name: str) -> bool:
+        """Whether one node reads a value, and nothing else does."""
+        return len(self.users.get(name, ())) == 1 and name not in self._outputs
+
+    def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
+        """Add a constant; one that is there already stays as it is."""
+        if name not in self._added:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            if self._data is not None and value.nbytes >= _OUTSIDE:
+                set_external_data(tensor, location=self._data.name)
+                save_external_data(tensor, str(self._data.parent))
+                tensor.ClearField("raw_data")
+            self._added[name] = tensor
+        return name
+
+    def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
+        """Put these nodes where that one stands."""
+        self._instead[node.output[0]] = nodes
+
+    def apply(self) -> None:
+        """Put the new nodes in, and drop those that nothing reads any more."""
+        nodes: list[NodeProto] = []
+        for node in self.nodes:
+            nodes += self._instead.get(node.output[0], [node])
+        needed = set(self._outputs)
+        kept: list[NodeProto] = []
+        for node in reversed(nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(reversed(kept))
+        domains = {opset.domain for opset in self.model.opset_import}
+        if MICROSOFT not in domains and any(node.domain == MICROSOFT for node in kept):
+            self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+        self._index()
+
+    def finish(self) -> ModelProto:
+        """The graph with the constants that it reads, in the layout in which it reads them."""
+        self.apply()
+        graph = self.model.graph
+        nodes = self._settled()
+        del graph.node[:]
+        graph.node.extend(nodes)
+        self._index()
+        for name in sorted(self._weights.keys() & self.users.keys()):
+            self.constant(name, self.value(name))
+        self._constants.update(self._added)
+        del graph.initializer[:]
+        graph.initializer.extend(t for name, t in self._constants.items() if name in self.users)
+        inputs = [value for value in graph.input if value.name not in self._weights]
+        del graph.input[:]
+        graph.input.extend(inputs)
+        del graph.value_info[:]
+        self._weights = {}
+        return self.model
+
+    def _settled(self) -> list[NodeProto]:
+        """The nodes, without copies and transpositions of constants."""
+        names: dict[str, str] = {}
+        kept = []
+        for node in self.nodes:
+            for i, name in enumerate(node.input):
+                node.input[i] = names.get(name, name)
+            first = node.input[0] if node.input else ""
+            if node.op_type == "Identity" and self.shape(first) is not None:
+                names[node.output[0]] = first
+            elif node.op_type == "Transpose" and self.shape(first) is not None:
+                turned = first + TRANSPOSED
+                if turned not in self._added:
+                    self.constant(turned, self.value(first).transpose(attributes(node)["perm"]))
+                names[node.output[0]] = turned
+            else:
+                kept.append(node)
+        return kept
+
+    def save(self, path: Path) -> None:
+        """Write the graph; large constants are in its data file already.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        onnx.save(self.finish(), path)
+        onnx.checker.check_model(str(path))
+
+
+def data_file(folder: Path, size: int) -> Path | None:
+    """Where a model of `size` bytes keeps its constants: in a file of their own, or (None) in the
+    graph, which protobuf holds under 2 GiB."""
+    if size < _LARGEST_GRAPH:
+        return None
+    return folder / bundle.MODEL_DATA
+
+
+_LARGEST_GRAPH = 3 << 29
+
+
+def add_node(
+    nodes: list[NodeProto],
+    operator: str,
+    inputs: Sequence[str],
+    output: str,
+    *,
+    domain: str = "",
+    **options: Any,
+) -> str:
+    """Append a node; the name of its output."""
+    nodes.append(helper.make_node(operator, list(inputs), [output], domain=domain, **options))
+    return output
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """The attributes of a node."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}

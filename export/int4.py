@@ -1,0 +1,84 @@
+"""Weights of an ONNX graph to 4 bits in blocks of 32: ONNX Runtime's `MatMulNBits`.
+
+Activations are brought to 8 bits inside the operator, each block of each row by itself, so no
+neighbour moves your label here either.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from export.graph import MICROSOFT, Graph, Product, add_node
+from export.quantize import sampled
+from export.rounding import Array, block_scales, round_alone, round_together
+from export.statistics import Sampler, Statistics
+
+BLOCK = 32
+"""Weights of an output channel that share a scale."""
+_LIMIT = 7
+_MIDDLE = 8
+"""What stands for zero: the operator's default."""
+_INT8_ACTIVATIONS = 4
+"""`accuracy_level` of the operator: activations as int8."""
+_INT4, _SCALES = "_int4", "_int4_scales"
+
+
+def quantize_products_to_4_bits(graph: Graph, *, sampler: Sampler | None = None) -> None:
+    """Quantize every product of a graph with a constant float matrix.
+
+    Args:
+        graph: see `Graph`; its constants are called after the weights.
+        sampler: what weights are multiplied with; it guides their rounding.
+    """
+    for products, statistics in sampled(graph, sampler):
+        for product in products:
+            _quantize(graph, product, statistics)
+    graph.apply()
+
+
+def _quantize(graph: Graph, product: Product, seen: Statistics | None) -> None:
+    weight = np.ascontiguousarray(graph.matrix(product).T)
+    packed, scales = pack_blocks(weight, seen)
+    inputs = [
+        product.activation,
+        graph.constant(product.weight + _INT4, packed),
+        graph.constant(product.weight + _SCALES, scales),
+        *(["", "", product.bias] if product.bias else []),
+    ]
+    nodes: list[NodeProto] = []
+    add_node(
+        nodes,
+        "MatMulNBits",
+        inputs,
+        product.output,
+        domain=MICROSOFT,
+        K=weight.shape[1],
+        N=weight.shape[0],
+        bits=4,
+        block_size=BLOCK,
+        accuracy_level=_INT8_ACTIVATIONS,
+    )
+    graph.replace(product.node, nodes)
+
+
+def pack_blocks(weight: Array, seen: Statistics | None) -> tuple[npt.NDArray[np.uint8], Array]:
+    """(packed [outputs, blocks, 16], scales [outputs * blocks]) of weights [outputs, inputs].
+
+    Two weights share a byte, the first in its lower half; the last block is filled up with zeros.
+    """
+    outputs, inputs = weight.shape
+    blocks = -(-inputs // BLOCK)
+    whole = np.zeros((outputs, blocks * BLOCK), np.float32)
+    whole[:, :inputs] = weight
+    scales = block_scales(whole, _LIMIT, BLOCK)
+    values = np.zeros(whole.shape, np.int8)
+    if seen is not None and seen.enough:
+        steps = scales[:, :inputs]
+        values[:, :inputs] = round_together(weight, steps, _LIMIT, seen.correlation)
+    else:
+        values = round_alone(whole, scales, _LIMIT)
+    halves = (values + _MIDDLE).astype(np.uint8).reshape(outputs, blocks, BLOCK)
+    packed = (halves[..., 0::2] | halves[..., 1::2] << 4).astype(np.uint8)
+    return packed, scales[:, ::BLOCK].reshape(-1).astype(np.float32)

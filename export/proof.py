@@ -1,0 +1,148 @@
+"""What a bundle is worth: held against the model that it was made from, and calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.evaluate import coverage_points, expected_calibration_error
+from ercbatch.scoring import calibrated
+from train.validate import Predictions
+
+Floats = npt.NDArray[np.float64]
+
+_FOLDS = 5
+"""Parts of the validation dialogues; each is calibrated with what the others gave."""
+_DRAWS = 200
+PRECISIONS = (0.8, 0.9, 0.95)
+"""For which a least confidence is recommended."""
+_FEWEST = 30
+"""Utterances above a least confidence, at least, for its precision to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a bundle may lose: `f1` of weighted F1, and `agreement` with the original at least."""
+
+    f1: float = 0.005
+    agreement: float = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Which `--min-confidence` gives answers of this precision, and to which share of utterances;
+    None where that is reached by none of them, or by too few to tell."""
+
+    precision: float
+    min_confidence: float | None
+    coverage: float | None
+
+
+def compare(found: Predictions, original: Predictions, speed: float) -> dict[str, float]:
+    """Figures of a bundle on validation data beside those of the model that it was made from.
+
+    `speed` is how many times the original's the bundle's is.
+    """
+    figures = {"utterances": len(found.gold), **found.figures()}
+    before = original.figures()
+    same = found.probabilities.argmax(1) == original.probabilities.argmax(1)
+    figures |= {
+        "weighted_f1_original": before["weighted_f1"],
+        "macro_f1_original": before["macro_f1"],
+        "agreement": float(same.mean()),
+        "largest_difference": float(np.abs(found.probabilities - original.probabilities).max()),
+        "speed_ratio": speed,
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
+    """In what a bundle falls short of the original, by more than the limits allow."""
+    found = []
+    lost = figures["weighted_f1_original"] - figures["weighted_f1"]
+    if lost > limits.f1:
+        found.append(
+            f"{name}: weighted F1 {figures['weighted_f1']:.2%}, the original's is "
+            f"{figures['weighted_f1_original']:.2%} (at most {100 * limits.f1:.1f} points may go)"
+        )
+    if figures["agreement"] < limits.agreement:
+        found.append(
+            f"{name}: {figures['agreement']:.1%} of the labels are the original's (at least "
+            f"{limits.agreement:.0%} must be)"
+        )
+    return found
+
+
+def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
+    """The calibration of one label set, over all validation data that has it.
+
+    The `temperature` is fitted on all of it. The calibration errors, and the table of what can be
+    answered at which risk, are those of temperatures that were fitted on other dialogues. The error
+    of few utterances is never zero: `error_if_perfect` is what it would be on as many, were every
+    probability true.
+    """
+    gold = np.concatenate([p.gold for p in predictions])
+    logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
+    fold = np.concatenate([p.dialogue % _FOLDS for p in predictions])
+    after = np.zeros_like(logs)
+    for part in range(_FOLDS):
+        held = fold == part
+        after[held] = calibrated(logs[held], fit_temperature(logs[~held], gold[~held]))
+    right = after.argmax(1) == gold
+    return {
+        "utterances": len(gold),
+        "temperature": fit_temperature(logs, gold),
+        "error_before": _error(calibrated(logs, 1.0), gold),
+        "error_after": _error(after, gold),
+        "error_if_perfect": _perfect_error(after),
+        "coverage": [asdict(p) for p in coverage_points(after.max(1), right)],
+        "recommended": [
+            asdict(recommend(after.max(1), right, precision)) for precision in PRECISIONS
+        ],
+    }
+
+
+def _error(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
+    right = probabilities.argmax(1) == gold
+    return round(expected_calibration_error(probabilities.max(1), right), 4)
+
+
+def _perfect_error(probabilities: Floats) -> float:
+    """The mean error of labels drawn from the probabilities themselves."""
+    chance = np.random.default_rng(0)
+    confidence = probabilities.max(1)
+    errors = [
+        expected_calibration_error(confidence, chance.random(len(confidence)) < confidence)
+        for _ in range(_DRAWS)
+    ]
+    return round(float(np.mean(errors)), 4)
+
+
+def recommend(confidence: Floats, right: npt.NDArray[np.bool_], precision: float) -> Recommendation:
+    """The lowest `--min-confidence`, in steps of 0.01, whose answers are right that often."""
+    for least in range(100):
+        answered = confidence >= least / 100
+        if answered.sum() < _FEWEST:
+            break
+        if right[answered].mean() >= precision:
+            return Recommendation(precision, least / 100, round(float(answered.mean()), 4))
+    return Recommendation(precision, None, None)
+
+
+def fit_temperature(logs: Floats, gold: npt.NDArray[np.int64]) -> float:
+    """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels].
+
+    1 where there are none.
+    """
+    if not len(gold):
+        return 1.0
+    grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
+    likelihoods = [
+        np.log(calibrated(logs, float(t))[np.arange(len(gold)), gold].clip(1e-12)).mean()
+        for t in grid
+    ]
+    return round(float(grid[int(np.argmax(likelihoods))]), 4)
