@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
@@ -103,6 +104,12 @@ class Labeler:
             "min_confidence": self._min_confidence,
             "scores": self._scores,
         }
+
+    def releases(self) -> dict[str, str]:
+        """Package -> release, of those that the labels depend on, as a run's manifest records."""
+        retrieves = self.engine.retriever is not None
+        packages = {*self.engine.scorer.packages, *(("onnxruntime",) if retrieves else ())}
+        return {name: version(name) for name in ("ercbatch", *sorted(packages))}
 
     def describe(self) -> str:
         """Which model labels, and what runs it."""

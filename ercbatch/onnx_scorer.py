@@ -65,6 +65,8 @@ def open_session(
 class OnnxScorer(StateScorer):
     """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it."""
 
+    packages = ("onnxruntime",)
+
     def __init__(
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
     ) -> None:

@@ -41,6 +41,21 @@ def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
     return Pack(tokens, positions, ends, tuple(reads))
 
 
+def separate(pack: Pack) -> Iterator[Pack]:
+    """The trees that `join` put into a pack, in its order, each a pack of its own.
+
+    All of a tree hangs on its first token.
+    """
+    start = 0
+    while start < len(pack):
+        end = int(pack.ends[start])
+        place = slice(start, end)
+        reads = tuple((i - start, owner, read) for i, owner, read in pack.reads if start <= i < end)
+        ends = pack.ends[place] - np.int32(start)
+        yield Pack(pack.tokens[place], pack.positions[place], ends, reads)
+        start = end
+
+
 def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
     """One pack of (owner, tree) pairs that begin with the same `shared` tokens, laid out once.
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -239,8 +238,7 @@ def write_manifest(
     manifest = labeler.bundle.folder / "bundle.json"
     counts = summary.counts
     value = {
-        "ercbatch": version("ercbatch"),
-        "onnxruntime": version("onnxruntime"),
+        **labeler.releases(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "inputs": files,
         "output": {"file": output.name, "sha256": digest},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file
 from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
 from ercbatch.bundle import RUNTIMES, Bundle
-from ercbatch.errors import UsageError
+from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.scoring import Scorer
 from ercbatch.standard_scorer import StandardScorer
@@ -40,6 +41,7 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
 
     Raises:
         BundleError: the runtime does not accept the model.
+        MissingExtraError: the runtime is not installed.
     """
     head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
     return open_model(bundle.folder, bundle.info.form, head, threads, bundle.info.files)
@@ -48,6 +50,23 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
 def open_model(
     folder: Path, form: str, head: AnswerHead, threads: int, listed: Collection[str]
 ) -> Scorer:
-    """The scorer of a model of this form in a folder, whose files are `listed`."""
-    kind = StandardScorer if form == "optimum" else OnnxScorer
-    return kind(folder / files.MODEL, head, threads, listed)
+    """The scorer of a model of this form in a folder, whose files are `listed`.
+
+    Raises:
+        BundleError: the runtime does not accept the model.
+        MissingExtraError: the runtime is not installed.
+    """
+    if RUNTIMES[form] == "onnx":
+        kind = StandardScorer if form == "optimum" else OnnxScorer
+        return kind(folder / files.MODEL, head, threads, listed)
+    try:
+        from ercbatch.bnb_scorer import BnbScorer
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "
+            "pip install 'ercbatch[bnb]'"
+        ) from error
+    weights = sorted(fnmatch.filter(listed, files.WEIGHTS))
+    if not weights or files.CONFIG not in listed:
+        raise BundleError(f"{folder}: lacks {files.CONFIG} or {files.WEIGHTS}: export it again")
+    return BnbScorer(folder / files.CONFIG, [folder / name for name in weights], head, threads)

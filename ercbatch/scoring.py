@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ from ercbatch.packs import Pack
 class Scorer(ABC):
     """Runs a model over packs."""
 
+    packages: ClassVar[tuple[str, ...]]
+    """The installed packages whose release its numbers depend on."""
     head: AnswerHead
 
     @abstractmethod

@@ -40,6 +40,8 @@ class StandardScorer(Scorer):
         BundleError: the runtime does not accept the graph, or it is not such a one.
     """
 
+    packages = ("onnxruntime",)
+
     def __init__(
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
     ) -> None:

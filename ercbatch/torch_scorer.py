@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from ercbatch.answers import FloatArray
+from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.packs import Pack
 from ercbatch.scoring import StateScorer
 from ercbatch.torch_model import PackedModel, collate
 
 
 class TorchScorer(StateScorer):
-    """Scores packs with a `PackedModel` where that model lies."""
+    """Scores packs with a `PackedModel` where that model lies. Variant: `BnbScorer`.
 
-    def __init__(self, model: PackedModel, tokens: Sequence[int]) -> None:
+    `rows` is the head that answers, or the vocabulary ids whose rows of the model's own output
+    embedding are to answer.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+
+    def __init__(self, model: PackedModel, rows: Sequence[int] | AnswerHead) -> None:
         self._model = model
-        self.head = model.answer_head(tokens)
+        self.head = rows if isinstance(rows, AnswerHead) else model.answer_head(rows)
 
     def describe(self) -> str:
         """See `Scorer.describe`."""
