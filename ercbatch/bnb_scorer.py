@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.packs import Pack, separate
+from ercbatch.packs import Pack, split
 from ercbatch.torch_model import PackedModel, refuse_code
 from ercbatch.torch_scorer import TorchScorer
 
@@ -115,7 +115,7 @@ class BnbScorer(TorchScorer):
         """
         if self._device.type == "cuda":
             return super().states(pack)
-        return np.concatenate([super(BnbScorer, self).states(tree) for tree in separate(pack)])
+        return np.concatenate([super(BnbScorer, self).states(tree) for tree in split(pack)])
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:

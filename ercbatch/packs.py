@@ -41,7 +41,7 @@ def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
     return Pack(tokens, positions, ends, tuple(reads))
 
 
-def separate(pack: Pack) -> Iterator[Pack]:
+def split(pack: Pack) -> Iterator[Pack]:
     """The trees that `join` put into a pack, in its order, each a pack of its own.
 
     All of a tree hangs on its first token.

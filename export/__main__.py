@@ -62,6 +62,11 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     help="With int8: the least processor it must run on; avx2 runs everywhere.",
 )
 @click.option(
+    "--full-precision-base",
+    is_flag=True,
+    help="Merge what was trained on an NF4 or int8 base into the base itself, unrounded.",
+)
+@click.option(
     "--encoder",
     help="What finds demonstrations: a folder that `python -m export encoder` wrote, or a bundle.",
 )
@@ -115,6 +120,7 @@ def bundle(
     name: str,
     form: str,
     target: str,
+    full_precision_base: bool,
     encoder: str | None,
     examples: Path | None,
     demos: int,
@@ -157,7 +163,7 @@ def bundle(
         accept_loss=accept_loss,
     )
     try:
-        load = run_loader(source, data, labels, template)
+        load = run_loader(source, data, labels, template, original=full_precision_base)
         info = export_bundle(load, output, options, force=force)
     except ErcbatchError as error:
         raise Failure(error) from error

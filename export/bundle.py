@@ -66,8 +66,12 @@ class BundleOptions:
     accept_loss: bool = False
 
 
-def run_loader(source: str, data: Path | None, labels: str | None, wording: str) -> Loader:
+def run_loader(
+    source: str, data: Path | None, labels: str | None, wording: str, *, original: bool
+) -> Loader:
     """What loads a run folder or, where `data` is labelled dialogues, an untrained base.
+
+    `original` as for `load_run`.
 
     Raises:
         UsageError: neither a run nor a causal language model.
@@ -77,7 +81,9 @@ def run_loader(source: str, data: Path | None, labels: str | None, wording: str)
         checkpoint = run_checkpoint(folder)
 
         def load(*, merged: bool, attention: str | None) -> TrainedRun:
-            return load_run(folder, merged=merged, attention=attention, dtype=dtype)
+            return load_run(
+                folder, merged=merged, original=original, attention=attention, dtype=dtype
+            )
 
     else:
         checkpoint = source
@@ -273,16 +279,17 @@ def _prove(
     Raises:
         LossError: the bundle falls short by more than the limits, and that is not accepted.
     """
-    quality, lost = {}, []
+    quality: dict[str, dict[str, float]] = {}
+    lost = [] if found.predictions else ["no validation data: nothing is measured"]
     for name, predictions in found.predictions.items():
         speed = original.seconds[name] / found.seconds[name]
         quality[name] = compare(predictions, original.predictions[name], speed)
         lost += losses(name, quality[name], options.limits)
     if lost and not options.accept_loss:
         raise LossError(
-            "nothing is written, for the bundle would fall short of the model it is made from: "
+            "nothing is written, for the bundle cannot be vouched for: "
             + "; ".join(lost)
-            + ": choose another --quantize, or give --accept-loss"
+            + ": choose another --quantize, give more [[valid]] data, or --accept-loss"
         )
     alike: dict[str, list[Predictions]] = {}
     for name, dataset in questions.held_out.items():
@@ -337,7 +344,5 @@ def summary(info: BundleInfo, folder: Path) -> str:
             f"{name}: calibration error {found['error_after']} (before {found['error_before']}; "
             f"of true probabilities {found['error_if_perfect']})"
         )
-    if not info.quality:
-        lines.append("warning: no [[valid]] data in the recipe: neither measured nor calibrated")
     lines += [f"warning: accepted loss: {loss}" for loss in info.accepted_loss]
     return "\n".join(lines)

@@ -56,7 +56,7 @@ def card(info: BundleInfo) -> str:
     rows += [f"- `{s.name}`: {', '.join(s.labels)}" for s in info.label_sets]
     if info.accepted_loss:
         rows += ["", "## Accepted loss", ""]
-        rows += ["It falls short of the model that it was made from by more than the limits:", ""]
+        rows += ["By these measures it falls short of the model that it was made from:", ""]
         rows += [f"- {loss}" for loss in info.accepted_loss]
     rows += ["", "## Measured with this bundle", ""]
     if not info.quality:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 from transformers import AutoTokenizer
 
 from ercbatch import bundle as files
+from ercbatch.errors import MissingExtraError
 from ercbatch.packs import Pack
 from ercbatch.torch_model import PackedModel, collate
 from export.attention import sum_softmax_in_order
@@ -60,11 +62,23 @@ def write_form(
     """
     if form in _PARAMETER_BYTES:
         write_graph(run.model, folder, form, target, samples)
-    else:
-        # The form is for other tools, which read the rest of a checkpoint too.
+    elif form == "optimum":
         with TemporaryDirectory(dir=folder) as checkpoint:
             save_merged(run, Path(checkpoint))
             export_standard(Path(checkpoint), folder)
+    else:
+        bnb = _bitsandbytes(form)
+        bnb.write_bnb(run.model, folder, form)
+
+
+def _bitsandbytes(form: str) -> ModuleType:
+    try:
+        from export import bnb
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the form {form} needs bitsandbytes ({error}): pip install 'ercbatch[bnb]'"
+        ) from error
+    return bnb
 
 
 def save_merged(run: TrainedRun, folder: Path) -> None:

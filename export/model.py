@@ -36,7 +36,7 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
     reads = torch.tensor([3, length + 4])
     axes = {0: "packs", 1: "length"}
     return trace(
-        model.eval(),
+        model,
         (tokens, positions, ends, reads),
         {"tokens": axes, "positions": axes, "ends": axes, "reads": {0: "reads"}},
         {"states": {0: "reads"}},

@@ -36,6 +36,7 @@ def trace(
         # The exporter says that it is deprecated, and that shape checks become constants.
         warnings.simplefilter("ignore")
         path = Path(folder) / "traced.onnx"
+        module.eval()  # the exporter puts back the mode of the whole over that of the parts
         with _hollow(module) as weights, torch.inference_mode():
             torch.onnx.export(
                 module,

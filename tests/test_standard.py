@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import ARCHITECTURES, EXAMPLES, cli, python, write_model
@@ -30,9 +29,9 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task, Tree, Window
-from export.encoder import trace
-from export.model import export_scorer
+from export.model import trace_scorer
 from export.standard import export_standard
+from export.trace import trace
 
 Writer = Callable[[Path, Path], None]
 LABELS = ("neutral", "joyful", "sad", "sadder", "joyless")
@@ -101,7 +100,7 @@ def write_traced(checkpoint: Path, folder: Path) -> None:
         },
         {"logits": {**batch, 1: "sequence_length"}},
     )
-    onnx.save(graph, folder / files.MODEL)
+    graph.save(folder / files.MODEL)
 
 
 @pytest.fixture(params=["traced", "optimum"])
@@ -201,7 +200,7 @@ def test_batches_hold_every_prompt_once_and_not_too_many_tokens(lengths: list[in
 
 def test_the_graph_of_packs_is_refused(llama: Path, tmp_path: Path) -> None:
     model = PackedModel(load_causal_lm(str(llama), attn_implementation="eager")[0])
-    onnx.save(export_scorer(model), tmp_path / files.MODEL)
+    trace_scorer(model).save(tmp_path / files.MODEL)
     with pytest.raises(BundleError, match=r"no text-generation graph .*\(inputs tokens, "):
         StandardScorer(tmp_path / files.MODEL, model.answer_head([1]), 1)
 

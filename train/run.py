@@ -45,14 +45,20 @@ class TrainedRun:
 
 
 def load_run(
-    folder: Path, *, merged: bool = True, attention: str | None = None, dtype: Any = torch.float32
+    folder: Path,
+    *,
+    merged: bool = True,
+    original: bool = False,
+    attention: str | None = None,
+    dtype: Any = torch.float32,
 ) -> TrainedRun:
     """Read a run folder.
 
     Args:
         folder: what `train fit` wrote.
-        merged: the adapter merged into the base as it is in full precision, whatever precision it
-            was trained on; otherwise the model as it was trained.
+        merged: the adapter merged into the base; otherwise the model as it was trained.
+        original: merge what was trained on a quantized base into the base as it is; by default it
+            is merged into the rounded weights that the adapter was fitted to, multiplied out.
         attention: the implementation of attention that transformers should use.
         dtype: of the weights, as `from_pretrained` takes it.
 
@@ -63,7 +69,8 @@ def load_run(
     controls = ControlTokens.from_json(described["controls"])
     data, others = described["data"], described.get("files", {})
     settings: dict[str, Any] = {"attn_implementation": attention}
-    if recipe.load != "full" and not merged:
+    quantized = recipe.load != "full" and not (merged and original)
+    if quantized:
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
     else:
         settings["dtype"] = dtype
@@ -72,6 +79,8 @@ def load_run(
         _check_base(folder, recipe, others)
     model, _ = load_causal_lm(checkpoint, **settings)
     if recipe.method == "lora":
+        if quantized and merged:
+            model = model.dequantize().to(_width(dtype))
         model = _adapted(model, folder / ADAPTER)
         model = model.merge_and_unload() if merged else model.base_model.model
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
@@ -105,6 +114,11 @@ def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
     if described.get("diverged") and not described["kept"]:
         raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
     return recipe, described
+
+
+def _width(dtype: Any) -> torch.dtype:
+    """The type to multiply quantized weights out to: float32, or half where that is too large."""
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
