@@ -62,6 +62,25 @@ def open_session(
         ) from error
 
 
+PROBE_SHAPE = (4, 64)
+"""Of the input of a bundle's probe, whose weights are all 127."""
+
+
+def check_full_range(path: Path) -> None:
+    """See that this processor adds the products of full-range int8 weights without saturation.
+
+    Raises:
+        BundleError: it doesn't.
+    """
+    session = open_session(path, 1)
+    (found,) = session.run(None, {"x": np.full(PROBE_SHAPE, 255, np.uint8)})
+    if not (found == 255 * 127 * PROBE_SHAPE[1]).all():
+        raise BundleError(
+            f"{path.parent}: its int8 weights use the full range, and this processor's integer "
+            "products saturate there: export it with --target avx2"
+        )
+
+
 class OnnxScorer(StateScorer):
     """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it."""
 

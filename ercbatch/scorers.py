@@ -12,7 +12,7 @@ from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
 from ercbatch.bundle import RUNTIMES, Bundle
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
-from ercbatch.onnx_scorer import OnnxScorer
+from ercbatch.onnx_scorer import OnnxScorer, check_full_range
 from ercbatch.scoring import Scorer
 from ercbatch.standard_scorer import StandardScorer
 
@@ -56,6 +56,8 @@ def open_model(
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
+    if files.PROBE in listed:
+        check_full_range(folder / files.PROBE)
     if RUNTIMES[form] == "onnx":
         kind = StandardScorer if form == "optimum" else OnnxScorer
         return kind(folder / files.MODEL, head, threads, listed)

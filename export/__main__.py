@@ -139,6 +139,7 @@ def bundle(
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
     from export.proof import Limits
+    from export.quantize import SAFE_TARGET
 
     if (encoder is None) != (examples is None):
         raise click.UsageError("--encoder and --examples go together: give both, or neither")
@@ -146,7 +147,7 @@ def bundle(
         raise click.UsageError("--demos needs --encoder and --examples")
     if data is not None and labels is None:
         raise click.UsageError("--zero-shot needs --labels: name the label set of the dialogues")
-    if target != "avx2" and form != "int8":
+    if target != SAFE_TARGET and form != "int8":
         raise click.UsageError(f"--target is for int8: {form} is the same on every processor")
     options = BundleOptions(
         name=name,
@@ -165,6 +166,41 @@ def bundle(
     try:
         load = run_loader(source, data, labels, template, original=full_precision_base)
         info = export_bundle(load, output, options, force=force)
+    except ErcbatchError as error:
+        raise Failure(error) from error
+    click.echo(summary(info, output))
+
+
+@main.command()
+@click.argument("bundle_name", metavar="BUNDLE")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option(
+    "--valid",
+    "given",
+    multiple=True,
+    required=True,
+    metavar="SET=FILE",
+    help="Labelled dialogues, and the bundle's label set that their labels are of; repeatable.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def calibrate(bundle_name: str, output: Path, given: tuple[str, ...], force: bool) -> None:
+    """Write BUNDLE measured and calibrated anew, on labelled dialogues of your own."""
+    from ercbatch.bundle import find_bundle, open_bundle
+    from export.bundle import summary
+    from export.recalibrate import recalibrate
+    from train.recipe import Source
+
+    sources = []
+    for text in given:
+        labels, equals, path = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"--valid {text}: give it as SET=FILE, such as meld=dev.jsonl")
+        if not Path(path).is_file():
+            raise click.UsageError(f"--valid {text}: there is no file {path}")
+        sources.append(Source(path, labels))
+    try:
+        opened = open_bundle(find_bundle(bundle_name))
+        info = recalibrate(opened, sources, output, force=force)
     except ErcbatchError as error:
         raise Failure(error) from error
     click.echo(summary(info, output))

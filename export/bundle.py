@@ -27,7 +27,7 @@ from ercbatch.scoring import Scorer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
-from export.card import card, card_json
+from export.card import write_card
 from export.forms import describe_form, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention
 from export.proof import Limits, calibrate, compare, losses
@@ -208,9 +208,15 @@ def export_bundle(
         info = _describe(questions, options, run, retriever)
         info = _prove(info, questions, original, _measure(questions, scorer), options)
         if retriever is not None:
-            info = _with_demonstrations(info, questions, scorer, retriever)
-        (part / files.CARD).write_text(card(info), encoding="utf-8")
-        (part / files.CARD_JSON).write_text(card_json(info), encoding="utf-8")
+            quality = {
+                name: {
+                    **info.quality[name],
+                    **with_demonstrations(questions.engine(scorer, dataset), dataset, retriever),
+                }
+                for name, dataset in questions.held_out.items()
+            }
+            info = replace(info, quality=quality)
+        write_card(info, part)
         return info
 
     return write_bundle(folder, fill, force=force)
@@ -304,21 +310,11 @@ def _prove(
     )
 
 
-def _with_demonstrations(
-    info: BundleInfo, questions: _Questions, scorer: Scorer, retriever: Retriever
-) -> BundleInfo:
-    """The description with what demonstrations do to the figures."""
-    quality = {}
-    for name, dataset in questions.held_out.items():
-        engine = replace(
-            questions.engine(scorer, dataset),
-            retriever=retriever.restricted(dataset.labels),
-            demonstrations=_SHOWN,
-        )
-        shown = predict(engine, dataset).figures()["weighted_f1"]
-        key = "weighted_f1_with_demonstrations"
-        quality[name] = {**info.quality[name], key: round(shown, 4)}
-    return replace(info, quality=quality)
+def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> dict[str, float]:
+    """What an engine's weighted F1 is where questions show demonstrations."""
+    showing = replace(engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN)
+    found = predict(showing, dataset).figures()["weighted_f1"]
+    return {"weighted_f1_with_demonstrations": round(found, 4)}
 
 
 def _architecture(model: PackedModel) -> dict[str, Any]:
@@ -333,12 +329,14 @@ def summary(info: BundleInfo, folder: Path) -> str:
     size = sum(digest.size for digest in info.files.values()) / 1e6
     lines = [f"{folder}: {info.form}, {size:,.1f} MB"]
     for name, figures in info.quality.items():
-        lines.append(
-            f"{name}: weighted F1 {figures['weighted_f1']:.2%} (the original's "
-            f"{figures['weighted_f1_original']:.2%}), {figures['agreement']:.1%} of the labels "
-            f"its labels, probabilities within {figures['largest_difference']:.4f}, "
-            f"{figures['speed_ratio']:.2f} times as fast"
-        )
+        line = f"{name}: weighted F1 {figures['weighted_f1']:.2%}"
+        if "weighted_f1_original" in figures:
+            line += (
+                f" (the original's {figures['weighted_f1_original']:.2%}), "
+                f"{figures['agreement']:.1%} of the labels its labels, probabilities within "
+                f"{figures['largest_difference']:.4f}, {figures['speed_ratio']:.2f} times as fast"
+            )
+        lines.append(line)
     for name, found in info.calibration.items():
         lines.append(
             f"{name}: calibration error {found['error_after']} (before {found['error_before']}; "

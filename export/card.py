@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ercbatch import bundle as files
 from ercbatch.bundle import BundleInfo
 
 _METRICS = {"weighted_f1": "f1", "macro_f1": "f1", "accuracy": "accuracy"}
@@ -38,6 +40,16 @@ def card_data(info: BundleInfo) -> ModelCardData:
         tags=["emotion-recognition-in-conversation", info.form],
         eval_results=results or None,
     )
+
+
+def write_card(info: BundleInfo, folder: Path) -> None:
+    """Write the card, and its metadata as JSON, into a folder.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    (folder / files.CARD).write_text(card(info), encoding="utf-8")
+    (folder / files.CARD_JSON).write_text(card_json(info), encoding="utf-8")
 
 
 def card_json(info: BundleInfo) -> str:

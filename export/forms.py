@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
+import onnx
 from transformers import AutoTokenizer
 
 from ercbatch import bundle as files
@@ -18,12 +19,17 @@ from export.fusions import fuse_rotations
 from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
-from export.quantize import WEIGHT_RANGE, quantize_lookups, quantize_products
+from export.quantize import (
+    SAFE_TARGET,
+    WEIGHT_RANGE,
+    probe,
+    quantize_lookups,
+    quantize_products,
+)
 from export.standard import export_standard
 from export.statistics import module_inputs
 from train.run import TrainedRun
 
-TARGETS = tuple(WEIGHT_RANGE)
 _LARGE = 2_000_000_000
 """Parameters from which weights are rounded each for itself: a large model loses little by it, and
 to sample its activations takes a pass through all of it for every few layers."""
@@ -100,6 +106,8 @@ def write_graph(
     sampler = module_inputs(model, _runs(model, samples)) if samples else None
     if form == "int8":
         quantize_products(graph, weight_range=WEIGHT_RANGE[target], sampler=sampler)
+        if target != SAFE_TARGET:
+            onnx.save(probe(), folder / files.PROBE)
     elif form == "int4":
         quantize_products_to_4_bits(graph, sampler=sampler)
     if form != "fp32":

@@ -47,7 +47,7 @@ def compare(found: Predictions, original: Predictions, speed: float) -> dict[str
 
     `speed` is how many times the original's the bundle's is.
     """
-    figures = {"utterances": len(found.gold), **found.figures()}
+    figures: dict[str, float] = {"utterances": len(found.gold), **found.figures()}
     before = original.figures()
     same = found.probabilities.argmax(1) == original.probabilities.argmax(1)
     figures |= {
@@ -57,6 +57,11 @@ def compare(found: Predictions, original: Predictions, speed: float) -> dict[str
         "largest_difference": float(np.abs(found.probabilities - original.probabilities).max()),
         "speed_ratio": speed,
     }
+    return rounded(figures)
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """Figures as they are written: to four places."""
     return {name: round(value, 4) for name, value in figures.items()}
 
 

@@ -23,14 +23,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ercbatch.onnx_scorer import PROBE_SHAPE
 from export.graph import MICROSOFT, Graph, Product, add_node, attributes
 from export.rounding import Array, quantize_rows, round_alone, round_together, row_scales
 from export.statistics import Sampler, Statistics
 
 WEIGHT_RANGE = {"avx2": 63, "avx512_vnni": 127, "arm64": 127}
 """Target -> largest weight whose products cannot saturate there."""
+SAFE_TARGET = "avx2"
+"""Its weights are safe everywhere."""
 SMALLEST_TABLE = 1 << 16
 """Lookup tables of fewer elements stay as they are: there is little to save."""
 FLOAT_COLUMNS = 2
@@ -103,6 +106,19 @@ def quantize_lookups(graph: Graph, *, smallest_table: int = SMALLEST_TABLE) -> N
         add_node(nodes, "Mul", [value, scale], name)
         graph.replace(node, nodes)
     graph.apply()
+
+
+def probe() -> ModelProto:
+    """A product of weights 127 with unsigned 8-bit activations, by which a machine is tried."""
+    rows, inputs = PROBE_SHAPE
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [rows, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [rows, inputs])],
+        [numpy_helper.from_array(np.full((inputs, inputs), 127, np.int8), "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def stored_weights(model: ModelProto) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -1,0 +1,65 @@
+"""A bundle measured and calibrated anew, on dialogues of one's own; its model stays as it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ercbatch import bundle as files
+from ercbatch.bundle import Bundle, BundleInfo, write_bundle
+from ercbatch.labeler import Labeler, open_retriever
+from ercbatch.onnx_scorer import available_threads
+from export.bundle import with_demonstrations
+from export.card import write_card
+from export.proof import calibrate, rounded
+from train.datasets import read_dataset
+from train.recipe import Source
+from train.validate import Predictions, distinct_dataset_names, predict
+
+
+def recalibrate(
+    bundle: Bundle, sources: Sequence[Source], folder: Path, *, force: bool = False
+) -> BundleInfo:
+    """Write the bundle with temperatures, figures and card from these labelled dialogues.
+
+    Label sets without dialogues here keep what they have.
+
+    Raises:
+        InputError: the dialogues have no labels, or labels outside the set.
+        UsageError: the bundle has no such label set, or `folder` exists.
+        OutputError: it cannot be written.
+    """
+    files.refuse_existing(folder, force=force)
+    datasets = [read_dataset(source) for source in sources]
+    quality: dict[str, Any] = {}
+    alike: dict[str, list[Predictions]] = {}
+    for name, dataset in zip(distinct_dataset_names(datasets), datasets, strict=True):
+        labeler = Labeler(bundle, label_set=dataset.labels.name, demonstrations=0)
+        engine = replace(labeler.engine, temperature=1.0)
+        found = predict(engine, dataset)
+        alike.setdefault(dataset.labels.name, []).append(found)
+        figures = {"utterances": len(found.gold), **found.figures()}
+        if files.ENCODER in bundle.info.files:
+            retriever = open_retriever(bundle, available_threads())
+            figures |= with_demonstrations(engine, dataset, retriever)
+        quality[f"{name}, validation split"] = rounded(figures)
+    calibration = {labels: calibrate(several) for labels, several in alike.items()}
+    temperatures = {labels: found["temperature"] for labels, found in calibration.items()}
+    info = replace(
+        bundle.info,
+        format=files.FORMAT,
+        quality={**bundle.info.quality, **quality},
+        calibration={**bundle.info.calibration, **calibration},
+        temperatures={**bundle.info.temperatures, **temperatures},
+    )
+
+    def fill(part: Path) -> BundleInfo:
+        for name in bundle.info.files:
+            shutil.copyfile(bundle.path(name), part / name)
+        write_card(info, part)
+        return info
+
+    return write_bundle(folder, fill, force=force)
