@@ -378,6 +378,7 @@ def describe(folder: Path, info: BundleInfo) -> str:
         ("demonstrations", f"{info.demonstrations} a question"),
         *(("data", source) for source in info.data),
         ("licence", info.licence),
+        *(("accepted loss", loss) for loss in info.accepted_loss),
         *(("measured", f"{name}: {value}") for name, value in info.quality.items()),
         *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
     ]

@@ -30,10 +30,11 @@ def card_data(info: BundleInfo) -> ModelCardData:
         for name, metric in _METRICS.items()
         if name in figures
     ]
+    known = info.licence.partition(" (")[0]  # what comes after it explains
     return ModelCardData(
         model_name=info.name,
-        license="other" if " " in info.licence else info.licence.lower(),
-        license_name=info.licence if " " in info.licence else None,
+        license="other" if " " in known else known.lower(),
+        license_name=known if " " in known else None,
         base_model=info.base,
         library_name="ercbatch",
         pipeline_tag="text-classification",

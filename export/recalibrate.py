@@ -33,6 +33,8 @@ def recalibrate(
         OutputError: it cannot be written.
     """
     files.refuse_existing(folder, force=force)
+    for source in sources:
+        bundle.info.label_set(source.label_set().name)
     datasets = [read_dataset(source) for source in sources]
     quality: dict[str, Any] = {}
     alike: dict[str, list[Predictions]] = {}

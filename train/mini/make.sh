@@ -28,7 +28,7 @@ convert topical-chat topical_chat/valid_rare.json topical-chat-rest.jsonl
 head -n 100 topical-chat-rest.jsonl > topical-chat-rare.jsonl
 
 python -m train base "$minilm" -o base
-python -m export encoder "$minilm" -o encoder
+python -m export encoder "$minilm" -o encoder --force
 python -m train fit 1-adapt.toml -o adapted --bf16 --force
 python -m train base "$smollm2" -o smollm2
 for fold in 0 1; do

@@ -1,0 +1,302 @@
+"""`python -m export bundle` and `calibrate`: proved, or nothing; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import CHAT, EXAMPLES, cli, python, write_model, write_sentence_encoder
+from onnx import numpy_helper
+from peft import PeftModel
+from test_graph import pack
+
+from ercbatch import bundle as files
+from ercbatch.bundle import open_bundle, read_info, write_bundle
+from ercbatch.errors import BundleError
+from ercbatch.onnx_scorer import check_full_range
+from ercbatch.torch_model import PackedModel, collate, load_causal_lm
+from export.quantize import probe
+from train.run import load_run
+
+VALID = EXAMPLES / "labelled_chat_valid.jsonl"
+
+
+def export(source: Path, folder: Path, *options: str | Path) -> CompletedProcess[str]:
+    return python(
+        *("-m", "export", "bundle", source, "-o", folder, "--name", "x", "--licence", "MIT"),
+        *options,
+    )
+
+
+UNTRAINED = ("--zero-shot", CHAT, "--labels", "meld", "--template", "compact")
+STRICT = ("--quantize", "int4", "--min-agreement", "100", "--max-loss", "0")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, whose answers four bits change."""
+    return write_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def int4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that falls short."""
+    folder = tmp_path_factory.mktemp("int4") / "bundle"
+    done = export(llama, folder, *UNTRAINED, *STRICT, "--accept-loss")
+    assert done.returncode == 0, done.stderr
+    assert "warning: accepted loss: meld, validation split: " in done.stdout
+    return folder
+
+
+def test_a_bundle_that_falls_short_is_not_written(llama: Path, tmp_path: Path) -> None:
+    done = export(llama, tmp_path / "bundle", *UNTRAINED, *STRICT)
+    assert done.returncode == 1
+    assert "% of the labels are the original's (at least 100% must be)" in done.stderr
+    assert "--accept-loss" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_accepted_loss_stands_in_the_bundle(int4: Path) -> None:
+    info = read_info(int4)
+    assert info.form == "int4"
+    assert "% of the labels are the original's" in info.accepted_loss[-1]
+    card = (int4 / files.CARD).read_text()
+    assert card.startswith("---\nbase_model:")
+    assert (
+        "## Accepted loss\n\nBy these measures it falls short of the model that it was made "
+        in (card)
+    )
+    assert f"- {info.accepted_loss[-1]}" in card
+    assert "| 80% | not reached" in card or "| 80% | 0." in card
+    data = json.loads((int4 / files.CARD_JSON).read_text())
+    assert data["license"] == "mit"
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    assert metrics[0]["value"] == info.quality["meld, validation split"]["weighted_f1"]
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", int4)
+    assert done.returncode == 0, done.stderr
+    assert "x (int4): ONNX Runtime" in done.stderr
+    shown = cli("bundle", "show", int4).stdout
+    assert "accepted loss:" in shown
+    # Without --encoder it has nothing to show as demonstrations.
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", int4, "--demos", "1")
+    assert done.returncode == 4
+    assert "encoder.onnx" in done.stderr
+
+
+def test_the_merged_checkpoint_is_an_ordinary_one(trained: Path, tmp_path: Path) -> None:
+    """Strictly the plain model's weights, and what the adapter computed on its base."""
+    checkpoint = tmp_path / "checkpoint"
+    options = ("--quantize", "fp32", "--accept-loss", "--also-checkpoint", checkpoint)
+    done = export(trained, tmp_path / "bundle", *options)
+    assert done.returncode == 0, done.stderr
+    plain, _ = load_causal_lm(str(checkpoint))
+    merged = load_run(trained).model
+    with merged.whole() as whole:
+        assert type(whole) is type(plain)
+        plain.load_state_dict(whole.state_dict(), strict=True)
+        assert not any(isinstance(module, PeftModel) for module in whole.modules())
+        assert not any("lora" in name for name in whole.state_dict())
+    apart = load_run(trained, merged=False).model
+    assert any("lora" in name for name in apart.state_dict())
+    batch = collate([pack(0, 40)])
+    with torch.no_grad():
+        one, other, base = (m(*batch) for m in (PackedModel(plain.eval()), apart, merged))
+    assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(one, base, atol=1e-5)
+
+
+def test_without_validation_data_nothing_vouches_for_a_bundle(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    described = json.loads((run / "run.json").read_text())
+    described["recipe"]["valid"] = []
+    (run / "run.json").write_text(json.dumps(described))
+    done = export(run, tmp_path / "bundle", "--quantize", "fp32")
+    assert done.returncode == 1
+    assert "no validation data" in done.stderr
+    done = export(run, tmp_path / "bundle", "--quantize", "fp32", "--accept-loss")
+    assert done.returncode == 0, done.stderr
+    assert read_info(tmp_path / "bundle").accepted_loss == (
+        "no validation data: nothing is measured",
+    )
+    assert "Confidences are not calibrated" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    described = json.loads((run / "run.json").read_text())
+    (source,) = described["recipe"]["valid"]
+    described["recipe"]["valid"] = [source, {**source, "path": str(VALID)}]
+    (run / "run.json").write_text(json.dumps(described))
+    done = export(run, tmp_path / "bundle", "--quantize", "fp32")
+    assert done.returncode == 0, done.stderr
+    info = read_info(tmp_path / "bundle")
+    assert sorted(info.quality) == [
+        "meld (labelled_chat), validation split",
+        "meld (labelled_chat_valid), validation split",
+    ]
+    counts = [figures["utterances"] for figures in info.quality.values()]
+    assert info.calibration["meld"]["utterances"] == sum(counts)
+    assert info.temperatures == {"meld": info.calibration["meld"]["temperature"]}
+
+
+def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = export(llama, tmp_path / "bundle", "--quantize", "nf4", *UNTRAINED, "--accept-loss")
+    assert done.returncode == 0, done.stderr
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    assert "x (nf4): torch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing", "no model there"),
+        ("other weights", "not the base that the adapter in "),
+        ("other model", "not an adapter for this base"),
+    ],
+)
+def test_an_adapter_without_its_base_is_refused(
+    change: str, words: str, trained: Path, bert: Path, tmp_path: Path
+) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(trained, run)
+    if change == "other weights":
+        shutil.copytree(bert, base)
+        data = bytearray((base / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (base / "model.safetensors").write_bytes(data)
+    elif change == "other model":
+        write_model(base, "llama")
+    text = (run / "run.json").read_text().replace(str(bert), str(base))
+    if change == "other model":  # as where the base was on the hub
+        text = json.dumps({**json.loads(text), "files": {}})
+    (run / "run.json").write_text(text)
+    done = export(run, tmp_path / "bundle")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("command", ["bundle", "encoder", "checkpoint"])
+def test_a_full_disk_leaves_nothing_behind(
+    command: str, trained: Path, bundle_folder: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands in for it: the same error from the same calls."""
+    source: dict[str, str | Path] = {
+        "bundle": trained,
+        "encoder": write_sentence_encoder(tmp_path.parent / f"{tmp_path.name}-sbert"),
+        "checkpoint": bundle_folder,
+    }
+    options = ["--name", "x", "--licence", "x", "--accept-loss"] if command == "bundle" else []
+    arguments = [command, str(source[command]), "-o", str(tmp_path / "out"), *options]
+    done = python(
+        "-c",
+        "import resource, signal\n"
+        "import torch, onnx, transformers\n"
+        "from export.__main__ import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+        f"main({arguments!r})",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: Path) -> None:
+    for options, words in (
+        (("--encoder", "mini"), "--encoder and --examples go together"),
+        (("--demos", "2"), "--demos needs --encoder and --examples"),
+        (("--quantize", "int4", "--target", "arm64"), "--target is for int8"),
+        (("--zero-shot", CHAT), "--zero-shot needs --labels"),
+    ):
+        done = export(trained, tmp_path / "bundle", *options)
+        assert done.returncode == 2
+        assert words in done.stderr
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").touch()
+    done = export(trained, taken)
+    assert done.returncode == 2
+    assert "exists: choose another folder, or give --force" in done.stderr
+    done = export(trained, tmp_path / "bundle", "--also-checkpoint", taken)
+    assert done.returncode == 2
+    assert [path.name for path in taken.iterdir()] == ["mine"]
+
+
+def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    done = export(trained, folder, "--target", "avx512_vnni", "--accept-loss")
+    path = tmp_path / files.PROBE
+    onnx.save(probe(), path)
+    try:
+        check_full_range(path)
+    except BundleError:  # a processor that saturates: nothing was written
+        assert done.returncode == 4
+        assert "export it with --target avx2" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    bundle = open_bundle(folder)
+    assert "±127" in bundle.info.quantization
+    weights = [
+        numpy_helper.to_array(t)
+        for t in onnx.load(bundle.path(files.MODEL)).graph.initializer
+        if t.name.endswith("weight_int8")
+    ]
+    assert max(np.abs(w.astype(int)).max() for w in weights) == 127
+    # What a processor without such products would find: another sum.
+    model = probe()
+    model.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(np.full((64, 64), 64, np.int8), "w")
+    )
+
+    def fill(part: Path) -> files.BundleInfo:
+        for name in bundle.info.files:
+            shutil.copyfile(bundle.path(name), part / name)
+        onnx.save(model, part / files.PROBE)
+        return bundle.info
+
+    write_bundle(tmp_path / "saturating", fill)
+    done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", tmp_path / "saturating")
+    assert done.returncode == 4
+    assert "integer products saturate there: export it with --target avx2" in done.stderr
+
+
+def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    done = python(
+        *("-m", "export", "calibrate", bundle_folder, "-o", out, "--valid", f"meld={VALID}"),
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = read_info(bundle_folder), read_info(out)
+    assert after.files[files.MODEL] == before.files[files.MODEL]
+    assert after.calibration["meld"]["utterances"] == 22
+    assert after.temperatures["meld"] == after.calibration["meld"]["temperature"]
+    assert after.quality["meld, validation split"]["utterances"] == 22
+    assert cli("bundle", "verify", out).returncode == 0
+    for given, code, words in (
+        ("meld", 2, "give it as SET=FILE"),
+        ("meld=nothing.jsonl", 2, "there is no file nothing.jsonl"),
+        (f"emorynlp={VALID}", 4, "label"),
+        (f"iemocap={VALID}", 2, "label set"),
+    ):
+        done = python(
+            "-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given
+        )
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,76 @@
+"""What a bundle is measured by: losses against the original, calibration, least confidences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ercbatch.scoring import calibrated
+from export.proof import Limits, calibrate, compare, fit_temperature, losses, recommend
+from train.validate import Predictions
+
+LABELS = 5
+
+
+def drawn(count: int, temperature: float, seed: int = 0) -> Predictions:
+    """Probabilities that are true at `temperature`, ten utterances a dialogue."""
+    random = np.random.default_rng(seed)
+    logs = np.log(random.dirichlet(np.ones(LABELS), count))
+    gold = [random.choice(LABELS, p=p) for p in calibrated(logs, temperature)]
+    return Predictions(np.array(gold), np.exp(logs), np.arange(count) // 10)
+
+
+def test_a_temperature_is_found_again() -> None:
+    found = drawn(20_000, 1.7)
+    assert fit_temperature(np.log(found.probabilities), found.gold) == pytest.approx(1.7, rel=0.05)
+    assert fit_temperature(np.empty((0, LABELS)), np.empty(0, np.int64)) == 1.0
+
+
+def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
+    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)])
+    assert found["utterances"] == 3000
+    assert found["temperature"] == pytest.approx(2.0, rel=0.1)
+    assert found["error_before"] > 0.1
+    # True probabilities have an error too: that of chance.
+    assert 0.01 < found["error_if_perfect"] < 0.03
+    assert found["error_after"] < found["error_if_perfect"] + 0.015
+    risks = [point["risk"] for point in found["coverage"]]
+    assert found["coverage"][0]["coverage"] == 1.0
+    assert risks[-1] < risks[0]
+    assert [r["precision"] for r in found["recommended"]] == [0.8, 0.9, 0.95]
+
+
+def test_a_single_dialogue_is_not_calibrated_by_itself() -> None:
+    one = drawn(10, 3.0)
+    found = calibrate([one])
+    assert found["error_after"] == found["error_before"]
+
+
+def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
+    confidence = np.repeat([0.95, 0.75, 0.5], 100)
+    right = np.concatenate([np.arange(100) < share for share in (96, 80, 40)])
+    assert recommend(confidence, right, 0.70).min_confidence == 0.0
+    high = recommend(confidence, right, 0.95)
+    assert (high.min_confidence, high.coverage) == (0.76, 0.3333)
+    middle = recommend(confidence, right, 0.85)
+    assert (middle.min_confidence, middle.coverage) == (0.51, 0.6667)
+    assert recommend(confidence, right, 0.99).min_confidence is None
+    # Of few answers nothing can be told.
+    assert recommend(confidence[:20], np.ones(20, bool), 0.8).min_confidence is None
+
+
+def test_what_falls_short_is_named() -> None:
+    original = drawn(1000, 1.0)
+    same = compare(original, original, 2.0)
+    assert same["agreement"] == 1.0
+    assert same["largest_difference"] == 0.0
+    assert same["speed_ratio"] == 2.0
+    assert losses("meld", same, Limits()) == []
+    worse = original.probabilities.copy()
+    worse[:100] = np.roll(worse[:100], 1, axis=1)
+    found = compare(Predictions(original.gold, worse, original.dialogue), original, 1.0)
+    assert found["agreement"] == 0.9
+    lost, different = losses("meld", found, Limits())
+    assert lost.startswith("meld: weighted F1 ")
+    assert "90.0% of the labels are the original's (at least 97% must be)" in different
+    assert losses("meld", found, Limits(f1=1.0, agreement=0.9)) == []
