@@ -360,6 +360,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _trust(found: Mapping[str, Any]) -> str:
+    """Which least confidences a label set's calibration recommends."""
+    reached = [
+        f"{r['precision']:.0%} right from --min-confidence {r['min_confidence']:.2f} "
+        f"({r['coverage']:.0%} of utterances)"
+        for r in found["recommended"]
+        if r["min_confidence"] is not None
+    ]
+    return "; ".join(reached) or "too few validation utterances to recommend --min-confidence"
+
+
 def describe(folder: Path, info: BundleInfo) -> str:
     """What a bundle is, for people."""
     window = info.window
@@ -379,6 +390,7 @@ def describe(folder: Path, info: BundleInfo) -> str:
         *(("data", source) for source in info.data),
         ("licence", info.licence),
         *(("accepted loss", loss) for loss in info.accepted_loss),
+        *(("confidence", f"{name}: {_trust(found)}") for name, found in info.calibration.items()),
         *(("measured", f"{name}: {value}") for name, value in info.quality.items()),
         *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
     ]

@@ -22,6 +22,7 @@ def card_data(info: BundleInfo) -> ModelCardData:
             task_name="Emotion recognition in conversation",
             dataset_type="dialogues",
             dataset_name=dataset,
+            dataset_config=dataset,  # what tells datasets apart in a model index
             metric_type=metric,
             metric_name=name.replace("_", " "),
             metric_value=figures[name],
