@@ -14,7 +14,7 @@ from ercbatch import bundle as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.packs import Pack
 from ercbatch.torch_model import PackedModel, collate
-from export.attention import sum_softmax_in_order
+from export.attention import sum_softmax_in_double
 from export.fusions import fuse_rotations
 from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
@@ -101,7 +101,7 @@ def write_graph(
     size = sum(p.numel() for p in model.model.parameters()) * _PARAMETER_BYTES[form]
     graph = trace_scorer(model, data_file(folder, size))
     if form != "fp32":
-        sum_softmax_in_order(graph)
+        sum_softmax_in_double(graph)
     fuse_rotations(graph)
     sampler = module_inputs(model, _runs(model, samples)) if samples else None
     if form == "int8":

@@ -18,7 +18,7 @@ from ercbatch.onnx_scorer import feed
 from ercbatch.packs import join
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Question, Read, Segment, Task, lay_out
-from export.attention import sum_softmax_in_order
+from export.attention import sum_softmax_in_double
 from export.model import trace_scorer
 
 
@@ -47,10 +47,10 @@ def test_attention_is_the_softmax_that_it_was(kind: str, tmp_path: Path) -> None
     for rewritten in (False, True):
         graph = trace_scorer(packed)
         if rewritten:
-            sum_softmax_in_order(graph)
+            sum_softmax_in_double(graph)
             assert "Softmax" not in {node.op_type for node in graph.nodes}
             with pytest.raises(ValueError, match="no attention"):
-                sum_softmax_in_order(graph)
+                sum_softmax_in_double(graph)
         session = onnxruntime.InferenceSession(graph.finish().SerializeToString())
         states.append(session.run(None, feed(join([(0, tree)])))[0])
     one, other = states
