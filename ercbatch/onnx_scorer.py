@@ -45,6 +45,18 @@ def open_session(
             does not accept it.
     """
     check_onnx(path, listed)
+    options = session_options(threads)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own, undocumented types
+        raise BundleError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}. "
+            "Export the bundle again, or install the onnxruntime that its card names"
+        ) from error
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """The settings of every session here, on `threads` processor threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -53,13 +65,7 @@ def open_session(
     options.enable_mem_pattern = False
     # Waiting threads sleep, so that reading and tokenizing have the processor meanwhile.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own, undocumented types
-        raise BundleError(
-            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}. "
-            "Export the bundle again, or install the onnxruntime that its card names"
-        ) from error
+    return options
 
 
 PROBE_SHAPE = (4, 64)

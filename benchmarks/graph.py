@@ -1,0 +1,238 @@
+"""Where a bundle's graph spends its time, by ONNX Runtime's own profiler.
+
+    python -m benchmarks.graph BUNDLE [BUNDLE or GRAPH.onnx ...] INPUT
+
+The first bundle makes the packs of INPUT as `ercbatch label` would; every graph runs those packs,
+the graphs in turns. The nodes are those that ONNX Runtime has made of the graph for this processor.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import onnxruntime
+
+from ercbatch import bundle as files
+from ercbatch.bundle import find_bundle
+from ercbatch.cli import Failure
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.labeler import Labeler
+from ercbatch.onnx_file import check_onnx
+from ercbatch.onnx_scorer import feed, session_options
+from ercbatch.packs import Pack, pack
+from ercbatch.pipeline import Engine
+from ercbatch.records import read_dialogues
+from ercbatch.tree import Question, Task
+
+PRODUCTS = frozenset(
+    (
+        "DynamicQuantizeMatMul",
+        "FusedGemm",
+        "FusedMatMul",
+        "Gemm",
+        "MatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+    )
+)
+"""Operators that are matrix products, with what ONNX Runtime fuses into them."""
+_KERNEL = "_kernel_time"
+_RUN = "model_run"
+"""What the profiler calls the time of a node, and that of a whole run."""
+_INPUTS = {"tokens", "positions", "ends", "reads"}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What the nodes of one operator take over one pass, in seconds."""
+
+    nodes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Operators of a graph, by name, and the time of a whole pass, in seconds."""
+
+    operators: Mapping[str, Operator]
+    seconds: float
+
+    @property
+    def node_seconds(self) -> float:
+        """The time of all nodes; the rest of a pass is the runtime's."""
+        return sum(operator.seconds for operator in self.operators.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, with what of them is in matrix products and what outside."""
+        inside = [o for name, o in self.operators.items() if name in PRODUCTS]
+        nodes = sum(operator.nodes for operator in self.operators.values())
+        nodes_inside = sum(operator.nodes for operator in inside)
+        return {
+            "seconds": round(self.seconds, 4),
+            "products_share": round(sum(o.seconds for o in inside) / self.node_seconds, 4),
+            "nodes_in_products": nodes_inside,
+            "nodes_outside": nodes - nodes_inside,
+            "operators": {
+                name: {"nodes": o.nodes, "seconds": round(o.seconds, 5)}
+                for name, o in self.operators.items()
+            },
+        }
+
+
+def asked(dialogue: Dialogue) -> list[Question]:
+    """The questions that labelling asks."""
+    turns = (t for t, u in enumerate(dialogue.utterances) if u.text.strip())
+    return [Question(Task.EMOTION, t) for t in turns]
+
+
+def packs(engine: Engine, dialogues: Sequence[Dialogue]) -> list[Pack]:
+    """The packs that an engine makes of dialogues, without demonstrations."""
+    trees = (
+        (number, tree)
+        for number, dialogue in enumerate(dialogues)
+        for tree in engine.renderer.trees(dialogue, asked(dialogue))
+    )
+    return list(pack(trees, engine.pack_tokens))
+
+
+def graph_file(name: str) -> Path:
+    """The graph of a bundle, or of a file.
+
+    Raises:
+        BundleError: no such bundle.
+        UsageError: it has no graph.
+    """
+    path = Path(name) if name.endswith(".onnx") else find_bundle(name) / files.MODEL
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: name a bundle that ONNX Runtime runs, or a graph")
+    return path
+
+
+def open_profiled(graph: Path, threads: int, prefix: Path) -> onnxruntime.InferenceSession:
+    """A session as labelling has it, that writes down what every node takes.
+
+    Raises:
+        BundleError: the graph asks for what a bundle must not.
+        UsageError: it doesn't take packs.
+    """
+    check_onnx(graph, [path.name for path in graph.parent.iterdir()])
+    options = session_options(threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(prefix)
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    if {value.name for value in session.get_inputs()} != _INPUTS:
+        raise UsageError(f"{graph}: takes no packs: export the bundle as fp32, int8 or int4")
+    return session
+
+
+def read_profile(path: Path, runs: int) -> Profile:
+    """What a session has written of passes of `runs` runs each; the first only warms it up.
+
+    A time is the median over the other passes.
+    """
+    events = json.loads(path.read_text(encoding="utf-8"))
+    starts = sorted(event["ts"] for event in events if event["name"] == _RUN)
+    begins = starts[::runs]
+    whole = [0.0] * len(begins)
+    taken: dict[str, list[float]] = {}
+    nodes: dict[str, set[str]] = {}
+    for event in events:
+        number = bisect_right(begins, event["ts"]) - 1
+        if event["name"] == _RUN:
+            whole[number] += event["dur"] / 1e6
+        elif event["cat"] == "Node" and event["name"].endswith(_KERNEL):
+            operator = event["args"]["op_name"]
+            nodes.setdefault(operator, set()).add(event["name"])
+            taken.setdefault(operator, [0.0] * len(begins))[number] += event["dur"] / 1e6
+    seconds = {operator: statistics.median(times[1:]) for operator, times in taken.items()}
+    slowest = sorted(seconds, key=lambda operator: -seconds[operator])
+    operators = {name: Operator(len(nodes[name]), seconds[name]) for name in slowest}
+    return Profile(operators, statistics.median(whole[1:]))
+
+
+def measure(
+    graphs: Mapping[str, Path], given: Sequence[Pack], threads: int, rounds: int
+) -> dict[str, Profile]:
+    """The profile of each graph, by name, over `rounds` passes in turns.
+
+    Raises:
+        ErcbatchError: a graph cannot be run.
+    """
+    with TemporaryDirectory() as folder:
+        sessions = {
+            name: open_profiled(graph, threads, Path(folder, str(number)))
+            for number, (name, graph) in enumerate(graphs.items())
+        }
+        for _ in range(rounds + 1):
+            for session in sessions.values():
+                for one in given:
+                    session.run(None, feed(one))
+        return {
+            name: read_profile(Path(session.end_profiling()), len(given))
+            for name, session in sessions.items()
+        }
+
+
+def show(found: Mapping[str, Profile]) -> Iterator[str]:
+    """The lines of a table: a row for each operator, and for each graph its time in ms, its nodes
+    and its share."""
+    for number, (name, profile) in enumerate(found.items(), start=1):
+        figures = profile.to_json()
+        yield (
+            f"{number}. {name}: {1e3 * profile.seconds:,.1f} ms a pass, "
+            f"{figures['products_share']:.1%} of the nodes' time in matrix products; "
+            f"{figures['nodes_in_products']} nodes of them, {figures['nodes_outside']} others"
+        )
+    headings = "".join(
+        f"{f'{n}. ms':>13}{'nodes':>7}{'share':>8}" for n in range(1, 1 + len(found))
+    )
+    yield f"{'':24}{headings}"
+    for operator in dict.fromkeys(name for profile in found.values() for name in profile.operators):
+        cells = ""
+        for profile in found.values():
+            own = profile.operators.get(operator, Operator(0, 0.0))
+            share = own.seconds / profile.node_seconds
+            cells += f"{1e3 * own.seconds:>13,.1f}{own.nodes:>7}{share:>8.1%}"
+        yield f"{operator:24}{cells}"
+
+
+@click.command()
+@click.argument("graphs", metavar="BUNDLE...", nargs=-1, required=True)
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> None:
+    """Measure on the dialogues of SOURCE (JSONL); after the first BUNDLE, graphs may be given."""
+    try:
+        dialogues = [dialogue for _, dialogue in read_dialogues(source)]
+        given = packs(Labeler(graphs[0], demonstrations=0).engine, dialogues)
+        if not given:
+            raise UsageError(f"{source}: has nothing to label")
+        found = measure({name: graph_file(name) for name in graphs}, given, threads, rounds)
+    except ErcbatchError as error:
+        raise Failure(error) from error
+    for line in show(found):
+        click.echo(line)
+    result = {
+        "utterances": sum(len(asked(dialogue)) for dialogue in dialogues),
+        "packs": len(given),
+        "tokens": sum(len(one) for one in given),
+        "threads": threads,
+        "rounds": rounds,
+        "graphs": {name: profile.to_json() for name, profile in found.items()},
+    }
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.graph")

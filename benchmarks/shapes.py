@@ -1,0 +1,116 @@
+"""Models of known sizes with random weights: what speed and memory depend on, and nothing to fetch.
+
+Written tensor after tensor, so that a model larger than the memory can be made too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+_QWEN: Mapping[str, Any] = {
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        **_QWEN,
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        **_QWEN,
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        **_QWEN,
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "tie_word_embeddings": False,
+    },
+}
+"""Name -> what its Qwen2 configuration says; those of Qwen2.5 are the published ones."""
+_INDEX = "model.safetensors.index.json"
+_TOKENS = 4000
+"""Of the tokenizer at most: enough for the words of a template and of a few dialogues."""
+_SPREAD = 0.02
+"""Standard deviation of the weights: transformers' own for a fresh model."""
+
+
+def write_checkpoint(folder: Path, name: str, texts: Sequence[Path]) -> int:
+    """Write the model of that name in bfloat16 where it isn't yet; how many parameters it has.
+
+    Its tokenizer is byte-level BPE, trained on `texts`.
+    """
+    config = AutoConfig.for_model("qwen2", **SHAPES[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    if not (folder / _INDEX).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        config.architectures = [type(model).__name__]
+        config.dtype = torch.bfloat16
+        config.save_pretrained(folder)
+        _write_tokenizer(folder, min(_TOKENS, config.vocab_size), texts)
+        _write_weights(folder, shapes)
+    return int(sum(p.numel() for p in model.parameters()))
+
+
+def _write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A file for each layer and each other part; their index, by which it is complete, is last."""
+    parts: dict[str, list[str]] = {}
+    for key in shapes:
+        parts.setdefault(".".join(key.split(".")[:3]), []).append(key)
+    torch.manual_seed(0)
+    places: dict[str, str] = {}
+    for number, keys in enumerate(parts.values(), start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        tensors = {key: _drawn(key, shapes[key]) for key in keys}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, file)
+    index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
+    (folder / _INDEX).write_text(index + "\n", encoding="utf-8")
+
+
+def _drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random numbers; ones where a normalization scales by them."""
+    tensor = torch.empty(shape, dtype=torch.bfloat16)
+    return tensor.fill_(1) if key.endswith("norm.weight") else tensor.normal_(0, _SPREAD)
+
+
+def _write_tokenizer(folder: Path, size: int, texts: Sequence[Path]) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in texts], trainer)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
