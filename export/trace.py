@@ -29,8 +29,7 @@ def trace(
 ) -> Graph:
     """The float32 graph of a module, called on `example`; `data` as for `Graph`.
 
-    While it is traced the module holds no weights, so this takes no memory, whatever their size
-    and type.
+    While it is traced the module holds no weights, so they can be of any type.
     """
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         # The exporter says that it is deprecated, and that shape checks become constants.
