@@ -22,9 +22,9 @@ import onnxruntime
 
 from ercbatch import bundle as files
 from ercbatch.bundle import find_bundle
-from ercbatch.cli import Failure
+from ercbatch.cli import errors
 from ercbatch.dialogues import Dialogue
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_file import check_onnx
 from ercbatch.onnx_scorer import feed, session_options
@@ -213,14 +213,12 @@ def show(found: Mapping[str, Profile]) -> Iterator[str]:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> None:
     """Measure on the dialogues of SOURCE (JSONL); after the first BUNDLE, graphs may be given."""
-    try:
+    with errors():
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
         given = packs(Labeler(graphs[0], demonstrations=0).engine, dialogues)
         if not given:
             raise UsageError(f"{source}: has nothing to label")
         found = measure({name: graph_file(name) for name in graphs}, given, threads, rounds)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     for line in show(found):
         click.echo(line)
     result = {

@@ -21,8 +21,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.cli import errors
+from ercbatch.errors import UsageError
 from train.fit import FitOptions, fit_recipe
 from train.recipe import Recipe, Source, distinct_names, read_recipe
 from train.run import DESCRIPTION, digest
@@ -227,7 +227,7 @@ def main(
     bf16: bool | None,
 ) -> None:
     """Run the study NAME on the recipe in RECIPE_FILE."""
-    try:
+    with errors():
         recipe = read_recipe(recipe_file, settings, base=base, epochs=epochs, fraction=fraction)
         if not recipe.valid:
             raise UsageError("a study chooses epochs by [[valid]] data: name some in the recipe")
@@ -238,8 +238,6 @@ def main(
             variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)
             for variant, one in variants.items()
         }
-    except ErcbatchError as error:
-        raise Failure(error) from error
     _print(name, recipe, outcomes)
     click.echo(json.dumps({"study": name, "seeds": seeds, "variants": _plain(outcomes)}))
 

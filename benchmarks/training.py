@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.cli import errors
+from ercbatch.errors import UsageError
 from ercbatch.packs import Pack
 from ercbatch.torch_model import Batch, collate
 from ercbatch.tree import Task, visible
@@ -114,10 +114,8 @@ def train_on(
 @click.option("--bf16/--no-bf16", default=False)
 def main(recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: bool) -> None:
     """Measure with the last stage of RECIPE_FILE, on a GPU where there is one."""
-    try:
+    with errors():
         result = measure(recipe_file, base, steps, rounds, bf16)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     for name, value in result.items():
         click.echo(f"{name.replace('_', ' '):32}{value}")
     click.echo(json.dumps(result))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ercbatch.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
-from ercbatch.bundle import BundleInfo, find_bundle, open_bundle, write_bundle
+from ercbatch.bundle import CARD, CARD_JSON, BundleInfo, find_bundle, open_bundle, write_bundle
 from ercbatch.errors import UsageError
 from ercbatch.labeler import open_retriever
 from ercbatch.onnx_scorer import available_threads
@@ -38,18 +38,19 @@ def rebuild_with_examples(
     found = read_examples(examples, labels)
     encoder = open_retriever(bundle, available_threads()).encoder
     bank = DemonstrationBank(found, encoder.encode([d.text for d in found]))
-    # The figures of the old bundle were not measured with these demonstrations.
+    # The figures of the old bundle, and its card, were not measured with these demonstrations.
     info = replace(
         bundle.info,
         label_sets=(labels, *(s for s in bundle.info.label_sets if s != labels)),
         demonstrations=demonstrations,
         quality={},
+        calibration={},
         data=(*bundle.info.data, f"demonstrations: {len(found):,} examples of {examples.name}"),
     )
 
     def fill(part: Path) -> BundleInfo:
         for file in bundle.info.files:
-            if file not in (TEXTS, VECTORS, INDEX):
+            if file not in (TEXTS, VECTORS, INDEX, CARD, CARD_JSON):
                 shutil.copyfile(bundle.path(file), part / file)
         bank.save(part)
         return info

@@ -34,7 +34,7 @@ class _Stopped(BaseException):
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Errors as one line and an exit code."""
     try:
         yield
@@ -142,7 +142,7 @@ def label(
     """Label JSONL dialogues: files, folders, globs, or - for stdin; .gz and .zst too."""
     if not quiet:
         click.echo(f"ercbatch: loading bundle {bundle}", err=True)
-    with _errors(), _stoppable():
+    with errors(), _stoppable():
         from ercbatch.labeler import Labeler
         from ercbatch.records import expand_inputs
         from ercbatch.run import RunOptions, dry_run_label, run_label
@@ -200,7 +200,7 @@ def label(
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def convert(format: str, source: Path, output: Path, force: bool) -> None:
     """Turn a dataset publisher's files into dialogue JSONL with gold labels."""
-    with _errors():
+    with errors():
         from ercbatch.convert import convert as convert_dataset
         from ercbatch.errors import UsageError
         from ercbatch.records import dump_record
@@ -235,7 +235,7 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
     """Compare labels with the gold labels in the same file."""
-    with _errors():
+    with errors():
         from ercbatch.evaluate import evaluate as evaluate_records
         from ercbatch.evaluate import print_evaluation
         from ercbatch.labels import find_label_set
@@ -260,7 +260,7 @@ def bundle() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
-    with _errors():
+    with errors():
         from ercbatch.bundle import describe, find_bundle, read_info
 
         folder = find_bundle(name)
@@ -272,7 +272,7 @@ def bundle_show(name: str, as_json: bool) -> None:
 @click.argument("name", metavar="DIR")
 def bundle_verify(name: str) -> None:
     """Check every file of a bundle against its digest."""
-    with _errors():
+    with errors():
         from ercbatch.bundle import find_bundle, open_bundle
 
         opened = open_bundle(find_bundle(name))
@@ -305,7 +305,7 @@ def bank_build(
     examples: Path, name: str, output: Path, label_set: str | None, demos: int, force: bool
 ) -> None:
     """Write a bundle that demonstrates with your own labelled examples. Nothing is trained."""
-    with _errors():
+    with errors():
         from ercbatch.bank_bundle import rebuild_with_examples
 
         count, doubt = rebuild_with_examples(examples, name, output, label_set, demos, force=force)

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from ercbatch.bundle import RUNTIMES
-from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError
+from ercbatch.cli import errors
+from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,10 +24,8 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     """Export a sentence-transformers model with mean pooling, quantized."""
     from export.encoder import export_encoder
 
-    try:
+    with errors():
         export_encoder(source, output, force=force)
-    except ErcbatchError as error:
-        raise Failure(error) from error
 
 
 @main.command()
@@ -56,8 +54,8 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
 )
 @click.option(
     "--target",
-    type=click.Choice(["avx2", "avx512_vnni", "arm64"]),
-    default="avx2",
+    type=click.Choice(list(WEIGHT_RANGE)),
+    default=SAFE_TARGET,
     show_default=True,
     help="With int8: the least processor it must run on; avx2 runs everywhere.",
 )
@@ -139,7 +137,6 @@ def bundle(
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
     from export.proof import Limits
-    from export.quantize import SAFE_TARGET
 
     if (encoder is None) != (examples is None):
         raise click.UsageError("--encoder and --examples go together: give both, or neither")
@@ -163,11 +160,9 @@ def bundle(
         limits=Limits(max_loss / 100, min_agreement / 100),
         accept_loss=accept_loss,
     )
-    try:
+    with errors():
         load = run_loader(source, data, labels, template, original=full_precision_base)
         info = export_bundle(load, output, options, force=force)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     click.echo(summary(info, output))
 
 
@@ -198,11 +193,9 @@ def calibrate(bundle_name: str, output: Path, given: tuple[str, ...], force: boo
         if not Path(path).is_file():
             raise click.UsageError(f"--valid {text}: there is no file {path}")
         sources.append(Source(path, labels))
-    try:
+    with errors():
         opened = open_bundle(find_bundle(bundle_name))
         info = recalibrate(opened, sources, output, force=force)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     click.echo(summary(info, output))
 
 
@@ -215,10 +208,8 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     from ercbatch.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
-    try:
+    with errors():
         write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
 
 

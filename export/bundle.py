@@ -14,7 +14,13 @@ from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
 from ercbatch.bank import build_bank, read_examples
-from ercbatch.bundle import BundleInfo, encoder_files, refuse_existing, write_bundle
+from ercbatch.bundle import (
+    BundleInfo,
+    encoder_files,
+    refuse_existing,
+    whole_folder,
+    write_bundle,
+)
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
@@ -30,7 +36,8 @@ from ercbatch.tree import Question, Renderer, Task
 from export.card import write_card
 from export.forms import describe_form, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention
-from export.proof import Limits, calibrate, compare, losses
+from export.proof import Limits, calibrate_sets, compare, losses, temperatures
+from export.targets import SAFE_TARGET
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, Source
 from train.run import TrainedRun, load_run, run_checkpoint, untrained_run
@@ -55,7 +62,7 @@ class BundleOptions:
     name: str
     form: str
     licence: str
-    target: str = "avx2"
+    target: str = SAFE_TARGET
     encoder: str | None = None
     examples: Path | None = None
     demonstrations: int = 0
@@ -178,7 +185,7 @@ def export_bundle(
     Raises:
         UsageError: the folder exists, or the run cannot be made a bundle of.
         LossError: the bundle would fall short of the model by more than the limits.
-        OSError: it cannot be written.
+        OutputError: it cannot be written.
     """
     for path in (folder, options.also_checkpoint):
         if path is not None:
@@ -190,9 +197,6 @@ def export_bundle(
     del run
     gc.collect()
     run = load(merged=True)
-    run.model.check_packing()
-    if options.also_checkpoint is not None:
-        write_merged(run, options.also_checkpoint)
     head = run.model.answer_head(questions.tokens)
 
     def fill(part: Path) -> BundleInfo:
@@ -219,13 +223,11 @@ def export_bundle(
         write_card(info, part)
         return info
 
-    return write_bundle(folder, fill, force=force)
-
-
-def write_merged(run: TrainedRun, folder: Path) -> None:
-    """Write a merged model as an ordinary Hugging Face checkpoint."""
-    with files.whole_folder(folder, force=True) as part:
-        save_merged(run, part)
+    info = write_bundle(folder, fill, force=force)
+    if options.also_checkpoint is not None:
+        with whole_folder(options.also_checkpoint, force=force) as part:
+            save_merged(run, part)
+    return info
 
 
 def _write_bank(
@@ -297,16 +299,16 @@ def _prove(
             + "; ".join(lost)
             + ": choose another --quantize, give more [[valid]] data, or --accept-loss"
         )
-    alike: dict[str, list[Predictions]] = {}
-    for name, dataset in questions.held_out.items():
-        alike.setdefault(dataset.labels.name, []).append(found.predictions[name])
-    calibration = {labels: calibrate(several) for labels, several in alike.items()}
+    calibration = calibrate_sets(
+        (dataset.labels.name, found.predictions[name])
+        for name, dataset in questions.held_out.items()
+    )
     return replace(
         info,
         quality=quality,
         accepted_loss=tuple(lost),
         calibration=calibration,
-        temperatures={labels: c["temperature"] for labels, c in calibration.items()},
+        temperatures=temperatures(calibration),
     )
 
 

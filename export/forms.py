@@ -19,15 +19,10 @@ from export.fusions import fuse_rotations
 from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
-from export.quantize import (
-    SAFE_TARGET,
-    WEIGHT_RANGE,
-    probe,
-    quantize_lookups,
-    quantize_products,
-)
+from export.quantize import probe, quantize_lookups, quantize_products
 from export.standard import export_standard
 from export.statistics import module_inputs
+from export.targets import SAFE_TARGET, WEIGHT_RANGE
 from train.run import TrainedRun
 
 _LARGE = 2_000_000_000

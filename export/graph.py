@@ -23,6 +23,8 @@ TRANSPOSED = "_transposed"
 """Ends the name of a weight that is stored as the product takes it, [inputs, outputs]."""
 _OUTSIDE = 1024
 """Bytes from which a constant goes into the data file, where there is one."""
+_LARGEST_GRAPH = 3 << 29
+"""Bytes from which a model has such a file: protobuf ends at 2 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Graph:
     """A graph whose nodes are replaced where they stand, and whose weights are read when needed.
 
     Args:
-        model: opset 13 or later.
+        model: opset 15 or later.
         weights: name -> tensor, of constants that the graph names without holding them.
         data: a file for large constants, each written there as soon as it is added: the whole
             model is never in memory. By default they are kept in the graph (2 GiB at most).
@@ -252,15 +254,10 @@ class Graph:
         onnx.checker.check_model(str(path))
 
 
-def data_file(folder: Path, size: int) -> Path | None:
+def data_file(folder: Path, size: float) -> Path | None:
     """Where a model of `size` bytes keeps its constants: in a file of their own, or (None) in the
-    graph, which protobuf holds under 2 GiB."""
-    if size < _LARGEST_GRAPH:
-        return None
-    return folder / bundle.MODEL_DATA
-
-
-_LARGEST_GRAPH = 3 << 29
+    graph."""
+    return folder / bundle.MODEL_DATA if size >= _LARGEST_GRAPH else None
 
 
 def add_node(

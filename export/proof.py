@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,6 +80,19 @@ def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
             f"{limits.agreement:.0%} must be)"
         )
     return found
+
+
+def calibrate_sets(found: Iterable[tuple[str, Predictions]]) -> dict[str, dict[str, Any]]:
+    """Label set -> its calibration, from (label set, what is said of a dataset that has it)."""
+    alike: dict[str, list[Predictions]] = {}
+    for labels, predictions in found:
+        alike.setdefault(labels, []).append(predictions)
+    return {labels: calibrate(several) for labels, several in alike.items()}
+
+
+def temperatures(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Label set -> its temperature."""
+    return {labels: found["temperature"] for labels, found in calibration.items()}
 
 
 def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:

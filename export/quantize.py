@@ -29,11 +29,8 @@ from ercbatch.onnx_scorer import PROBE_SHAPE
 from export.graph import MICROSOFT, Graph, Product, add_node, attributes
 from export.rounding import Array, quantize_rows, round_alone, round_together, row_scales
 from export.statistics import Sampler, Statistics
+from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
-WEIGHT_RANGE = {"avx2": 63, "avx512_vnni": 127, "arm64": 127}
-"""Target -> largest weight whose products cannot saturate there."""
-SAFE_TARGET = "avx2"
-"""Its weights are safe everywhere."""
 SMALLEST_TABLE = 1 << 16
 """Lookup tables of fewer elements stay as they are: there is little to save."""
 FLOAT_COLUMNS = 2
@@ -51,7 +48,7 @@ _TOGETHER = 2 << 30
 
 
 def quantize_products(
-    graph: Graph, *, weight_range: int = WEIGHT_RANGE["avx2"], sampler: Sampler | None = None
+    graph: Graph, *, weight_range: int = WEIGHT_RANGE[SAFE_TARGET], sampler: Sampler | None = None
 ) -> None:
     """Quantize every product of a graph with a constant float matrix.
 

@@ -14,7 +14,7 @@ from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
 from export.bundle import with_demonstrations
 from export.card import write_card
-from export.proof import calibrate, rounded
+from export.proof import calibrate_sets, rounded, temperatures
 from train.datasets import read_dataset
 from train.recipe import Source
 from train.validate import Predictions, distinct_dataset_names, predict
@@ -37,25 +37,27 @@ def recalibrate(
         bundle.info.label_set(source.label_set().name)
     datasets = [read_dataset(source) for source in sources]
     quality: dict[str, Any] = {}
-    alike: dict[str, list[Predictions]] = {}
+    said: list[tuple[str, Predictions]] = []
     for name, dataset in zip(distinct_dataset_names(datasets), datasets, strict=True):
         labeler = Labeler(bundle, label_set=dataset.labels.name, demonstrations=0)
         engine = replace(labeler.engine, temperature=1.0)
         found = predict(engine, dataset)
-        alike.setdefault(dataset.labels.name, []).append(found)
+        said.append((dataset.labels.name, found))
         figures = {"utterances": len(found.gold), **found.figures()}
         if files.ENCODER in bundle.info.files:
             retriever = open_retriever(bundle, available_threads())
             figures |= with_demonstrations(engine, dataset, retriever)
         quality[f"{name}, validation split"] = rounded(figures)
-    calibration = {labels: calibrate(several) for labels, several in alike.items()}
-    temperatures = {labels: found["temperature"] for labels, found in calibration.items()}
+    calibration = calibrate_sets(said)
+    # A figure's name begins with its label set, followed by the file where there are several.
+    anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
+    kept = {name: old for name, old in bundle.info.quality.items() if not name.startswith(anew)}
     info = replace(
         bundle.info,
         format=files.FORMAT,
-        quality={**bundle.info.quality, **quality},
+        quality={**kept, **quality},
         calibration={**bundle.info.calibration, **calibration},
-        temperatures={**bundle.info.temperatures, **temperatures},
+        temperatures={**bundle.info.temperatures, **temperatures(calibration)},
     )
 
     def fill(part: Path) -> BundleInfo:

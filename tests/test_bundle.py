@@ -82,8 +82,11 @@ def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
     examples, out = EXAMPLES / "my_examples.jsonl", tmp_path / "mine"
     done = cli("bank", "build", examples, "--bundle", bundle_folder, "-o", out, "--demos", "2")
     assert done.returncode == 0, done.stderr
-    assert read_info(out).demonstrations == 2
     # The figures of a bundle are not those of its copy with another bank.
+    info = read_info(out)
+    assert (info.demonstrations, info.quality, info.calibration) == (2, {}, {})
+    assert info.temperatures == read_info(bundle_folder).temperatures
+    assert not {"README.md", "model_card.json"} & info.files.keys()
     again = cli("bank", "build", examples, "--bundle", out, "-o", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert "has not been measured" in again.stderr

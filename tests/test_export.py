@@ -288,6 +288,16 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     assert after.temperatures["meld"] == after.calibration["meld"]["temperature"]
     assert after.quality["meld, validation split"]["utterances"] == 22
     assert cli("bundle", "verify", out).returncode == 0
+    # From two files its figures have other names; what was said of the one is said no more.
+    both = python(
+        *("-m", "export", "calibrate", out, "-o", tmp_path / "both"),
+        *("--valid", f"meld={VALID}", "--valid", f"meld={CHAT}"),
+    )
+    assert both.returncode == 0, both.stderr
+    assert sorted(read_info(tmp_path / "both").quality) == [
+        "meld (labelled_chat), validation split",
+        "meld (labelled_chat_valid), validation split",
+    ]
     for given, code, words in (
         ("meld", 2, "give it as SET=FILE"),
         ("meld=nothing.jsonl", 2, "there is no file nothing.jsonl"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from ercbatch.cli import Failure
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.cli import errors
+from ercbatch.errors import UsageError
 
 
 def _fold(
@@ -44,10 +44,8 @@ def base(source: Path, output: Path) -> None:
     """
     from train.base import write_base
 
-    try:
+    with errors():
         write_base(source, output)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     click.echo(f"{output}: a causal decoder with the weights of {source.name}", err=True)
 
 
@@ -114,7 +112,7 @@ def fit(
     from train.run import DESCRIPTION, is_diverged
     from train.state import STATE
 
-    try:
+    with errors():
         if resume and (output / DESCRIPTION).exists():
             if is_diverged(output):
                 raise UsageError(f"{output} diverged: lower learning_rate, and start with --force")
@@ -153,8 +151,6 @@ def fit(
             start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
             command = shlex.join([*start, "-m", "train", *arguments, "--resume"])
             raise Interrupted(f"{error}; to go on: {command}") from error
-    except ErcbatchError as error:
-        raise Failure(error) from error
 
 
 @main.command()
@@ -164,10 +160,8 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
     """Average the weights of full-parameter RUNS that began from the same base."""
     from train.average import average_runs
 
-    try:
+    with errors():
         average_runs(runs, output)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     _say(f"{output}: the mean of {len(runs)} runs")
 
 
@@ -186,10 +180,8 @@ def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: b
     from ercbatch.labels import find_label_set
     from train.teach import teach as write_scores
 
-    try:
+    with errors():
         count = write_scores(runs, data, find_label_set(labels), output, _say, bfloat16=bf16)
-    except ErcbatchError as error:
-        raise Failure(error) from error
     _say(f"{output}: {count:,} dialogues")
 
 

@@ -69,7 +69,7 @@ def quantization(recipe: Recipe) -> Any:
         MissingExtraError: it isn't installed.
     """
     try:
-        import bitsandbytes  # noqa: F401
+        import ercbatch.bnb_scorer  # noqa: F401  # bitsandbytes, and no kernel from the hub
     except ImportError as error:
         raise MissingExtraError(
             f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install 'ercbatch[bnb]'"
