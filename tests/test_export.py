@@ -298,11 +298,13 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         "meld (labelled_chat), validation split",
         "meld (labelled_chat_valid), validation split",
     ]
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"utterances": [{"text": "oh", "label": "sleepy"}]}\n')
     for given, code, words in (
         ("meld", 2, "give it as SET=FILE"),
         ("meld=nothing.jsonl", 2, "there is no file nothing.jsonl"),
-        (f"emorynlp={VALID}", 4, "label"),
-        (f"iemocap={VALID}", 2, "label set"),
+        (f"meld={other}", 4, "line 1: label 'sleepy' is not in the label set meld"),
+        (f"emorynlp={VALID}", 2, "has no label set 'emorynlp': choose from meld"),
     ):
         done = python(
             "-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given
