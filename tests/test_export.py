@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import CHAT, EXAMPLES, cli, python, write_model, write_sentence_encoder
 from onnx import numpy_helper
 from peft import PeftModel
@@ -21,6 +22,7 @@ from ercbatch.bundle import open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.onnx_scorer import check_full_range
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
+from export.__main__ import main
 from export.quantize import probe
 from train.run import load_run
 
@@ -216,23 +218,25 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: Path) -> None:
+    def asked(folder: Path, *options: str | Path) -> Result:
+        words = ("bundle", trained, "-o", folder, "--name", "x", "--licence", "MIT", *options)
+        return CliRunner().invoke(main, list(map(str, words)))
+
     for options, words in (
         (("--encoder", "mini"), "--encoder and --examples go together"),
         (("--demos", "2"), "--demos needs --encoder and --examples"),
         (("--quantize", "int4", "--target", "arm64"), "--target is for int8"),
         (("--zero-shot", CHAT), "--zero-shot needs --labels"),
     ):
-        done = export(trained, tmp_path / "bundle", *options)
-        assert done.returncode == 2
-        assert words in done.stderr
+        done = asked(tmp_path / "bundle", *options)
+        assert done.exit_code == 2
+        assert words in done.output
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine").touch()
-    done = export(trained, taken)
-    assert done.returncode == 2
-    assert "exists: choose another folder, or give --force" in done.stderr
-    done = export(trained, tmp_path / "bundle", "--also-checkpoint", taken)
-    assert done.returncode == 2
+    for done in (asked(taken), asked(tmp_path / "bundle", "--also-checkpoint", taken)):
+        assert done.exit_code == 2
+        assert "exists: choose another folder, or give --force" in done.output
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
@@ -306,9 +310,8 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         (f"meld={other}", 4, "line 1: label 'sleepy' is not in the label set meld"),
         (f"emorynlp={VALID}", 2, "has no label set 'emorynlp': choose from meld"),
     ):
-        done = python(
-            "-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given
-        )
-        assert done.returncode == code, done.stderr
-        assert words in done.stderr
+        asked = ("calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given)
+        done = CliRunner().invoke(main, list(map(str, asked)))
+        assert done.exit_code == code, done.output
+        assert words in done.output
     assert not (tmp_path / "no").exists()
