@@ -34,7 +34,13 @@ from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Renderer, Task
 from export.card import write_card
-from export.forms import describe_form, sample_size, save_merged, write_form
+from export.forms import (
+    describe_form,
+    need_libraries,
+    sample_size,
+    save_merged,
+    write_form,
+)
 from export.model import fitting_dtype, traced_attention
 from export.proof import Limits, calibrate_sets, compare, losses, temperatures
 from export.targets import SAFE_TARGET
@@ -184,12 +190,14 @@ def export_bundle(
 
     Raises:
         UsageError: the folder exists, or the run cannot be made a bundle of.
+        MissingExtraError: a library that the form needs is not installed.
         LossError: the bundle would fall short of the model by more than the limits.
         OutputError: it cannot be written.
     """
     for path in (folder, options.also_checkpoint):
         if path is not None:
             refuse_existing(path, force=force)
+    need_libraries(options.form)
     encoder = None if options.encoder is None else encoder_files(options.encoder)
     run = load(merged=False)
     questions = _Questions(run)

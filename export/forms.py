@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import onnx
 from transformers import AutoTokenizer
@@ -20,7 +19,7 @@ from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
 from export.quantize import probe, quantize_lookups, quantize_products
-from export.standard import export_standard
+from export.standard import export_standard, import_optimum
 from export.statistics import module_inputs
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
 from train.run import TrainedRun
@@ -48,17 +47,33 @@ def describe_form(form: str, target: str) -> str:
     }[form]
 
 
+def need_libraries(form: str) -> None:
+    """See, before anything is loaded, that what writes a form is installed.
+
+    Raises:
+        MissingExtraError: it isn't; the message says what to install.
+    """
+    if form == "optimum":
+        import_optimum()
+    elif form not in _PARAMETER_BYTES:
+        try:
+            import export.bnb  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                f"the form {form} needs bitsandbytes ({error}): pip install 'ercbatch[bnb]'"
+            ) from error
+
+
 def write_form(
     run: TrainedRun, folder: Path, form: str, target: str, samples: Sequence[Pack]
 ) -> None:
-    """Write the files of a merged model that attends eagerly.
+    """Write the files of a merged model that attends eagerly; see `need_libraries` first.
 
     `samples` are packs that show what its activations are like; without them every weight is
     rounded for itself.
 
     Raises:
         UsageError: the model cannot be had in this form.
-        MissingExtraError: a library that this form needs is not installed.
         OSError: it cannot be written.
     """
     if form in _PARAMETER_BYTES:
@@ -68,18 +83,9 @@ def write_form(
             save_merged(run, Path(checkpoint))
             export_standard(Path(checkpoint), folder)
     else:
-        bnb = _bitsandbytes(form)
-        bnb.write_bnb(run.model, folder, form)
+        from export.bnb import write_bnb
 
-
-def _bitsandbytes(form: str) -> ModuleType:
-    try:
-        from export import bnb
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the form {form} needs bitsandbytes ({error}): pip install 'ercbatch[bnb]'"
-        ) from error
-    return bnb
+        write_bnb(run.model, folder, form)
 
 
 def save_merged(run: TrainedRun, folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ercbatch import bundle as files
 from ercbatch.errors import MissingExtraError, UsageError
@@ -29,6 +30,23 @@ _FAILURES = (AttributeError, LookupError, OSError, RuntimeError, TypeError, Valu
 """What optimum, transformers and torch raise at a model that they cannot load or trace."""
 
 
+def import_optimum() -> tuple[Any, Any]:
+    """optimum's exporter, and what knows which architectures it exports.
+
+    Raises:
+        MissingExtraError: no optimum here, or a transformers that it does not take.
+    """
+    try:
+        from optimum.exporters.onnx import main_export
+        from optimum.exporters.tasks import TasksManager
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the form optimum needs optimum-onnx, and a transformers that it takes ({error}): "
+            "run `pip install 'ercbatch[optimum]'`"
+        ) from error
+    return main_export, TasksManager
+
+
 def export_standard(checkpoint: Path, folder: Path) -> None:
     """Write the standard graph of a causal language model's checkpoint into a bundle's folder.
 
@@ -43,20 +61,11 @@ def export_standard(checkpoint: Path, folder: Path) -> None:
             architecture that optimum exports.
     """
     kind = str(check_config(str(checkpoint)).get("model_type"))
-    try:
-        from optimum.exporters.onnx import main_export
-        from optimum.exporters.tasks import TasksManager
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the form optimum needs optimum-onnx, and a transformers that it takes ({error}): "
-            "run `pip install 'ercbatch[optimum]'`"
-        ) from error
+    main_export, tasks = import_optimum()
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
         raise UsageError(f"{checkpoint}: has no {_WEIGHTS[0]}: save the model as safetensors")
     try:
-        known = TasksManager.get_supported_tasks_for_model_type(
-            kind, "onnx", library_name="transformers"
-        )
+        known = tasks.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
     except KeyError:
         known = {}
     if _TASK not in known:

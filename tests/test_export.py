@@ -160,6 +160,23 @@ def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> Non
     assert "x (nf4): torch" in done.stderr
 
 
+@pytest.mark.parametrize(("form", "module"), [("nf4", "bitsandbytes"), ("optimum", "optimum")])
+def test_a_missing_library_is_told_before_the_model_is_loaded(
+    form: str, module: str, tmp_path: Path
+) -> None:
+    done = python(
+        "-c",
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from export.bundle import BundleOptions, export_bundle\n"
+        "from pathlib import Path\n"
+        f"options = BundleOptions('x', {form!r}, 'MIT')\n"
+        f"export_bundle(None, Path({str(tmp_path / 'bundle')!r}), options)",
+    )
+    extra = "bnb" if form == "nf4" else form
+    assert f"MissingExtraError: the form {form} needs " in done.stderr
+    assert f"pip install 'ercbatch[{extra}]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
