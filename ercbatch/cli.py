@@ -261,7 +261,8 @@ def bundle() -> None:
 def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
     with errors():
-        from ercbatch.bundle import describe, find_bundle, read_info
+        from ercbatch.bundle import find_bundle, read_info
+        from ercbatch.show import describe
 
         folder = find_bundle(name)
         info = read_info(folder)

@@ -273,10 +273,14 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     names = [printable(name) for name in found.labels]
     # rich cuts a table to the width, and takes a pipe for 80 columns.
     console.width = max(console.width, 20 + 10 * len(names))
-    answered = 1 - found.abstained / found.utterances
+    answered = found.utterances - found.abstained
+    told = f"{answered / found.utterances:.1%} answered"
+    if found.abstained:
+        right = found.accuracy * found.utterances / max(1, answered)
+        told += f", {right:.1%} of them right; what is not answered counts as wrong below"
     console.print(
         f"{found.utterances:,} utterances ({found.unlabelled:,} more without gold label or text), "
-        f"{answered:.1%} answered\n"
+        f"{told}\n"
         f"weighted F1 {found.weighted_f1:.2%}   macro F1 {found.macro_f1:.2%}   "
         f"accuracy {found.accuracy:.2%}   calibration error {found.ece:.3f}",
         soft_wrap=True,
@@ -288,8 +292,10 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     confusion = _table("Gold in rows, predicted in columns", "", *(name[:6] for name in names))
     for name, row in zip(names, found.confusion, strict=True):
         confusion.add_row(name, *(str(count) for count in row))
-    coverage = _table("Answering only the surest", "coverage", "risk", "--min-confidence")
+    coverage = _table("Answering only the surest", "coverage", "wrong", "--min-confidence")
     for point in found.coverage:
+        if round(point.coverage * found.utterances) > answered:
+            continue  # beyond what was answered
         coverage.add_row(f"{point.coverage:.0%}", f"{point.risk:.1%}", f"{point.confidence:.3f}")
     for table in (per_label, confusion, coverage):
         console.print()

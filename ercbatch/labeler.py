@@ -15,7 +15,7 @@ from ercbatch.bank import DemonstrationBank
 from ercbatch.bundle import Bundle, find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import UsageError
+from ercbatch.errors import BundleError, UsageError
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts import template
@@ -151,7 +151,16 @@ class Labeler:
 
 
 def open_retriever(bundle: Bundle, threads: int) -> Retriever:
-    """The retriever of a bundle."""
+    """The retriever of a bundle.
+
+    Raises:
+        BundleError: the bundle has none.
+    """
+    if files.ENCODER not in bundle.info.files:
+        raise BundleError(
+            f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
+            "with --encoder and --examples"
+        )
     encoder = SentenceEncoder(
         bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
     )

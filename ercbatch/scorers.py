@@ -66,7 +66,7 @@ def open_model(
     except ImportError as error:
         raise MissingExtraError(
             f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "
-            "pip install 'ercbatch[bnb]'"
+            "pip install '.[bnb]' in a checkout of ercbatch"
         ) from error
     weights = sorted(fnmatch.filter(listed, files.WEIGHTS))
     if not weights or files.CONFIG not in listed:

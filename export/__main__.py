@@ -50,14 +50,16 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     type=click.Choice(list(RUNTIMES)),
     default="int8",
     show_default=True,
-    help="The form of the model; nf4 and bnb-int8 are for bitsandbytes, optimum for other tools.",
+    help="fp32, int8 and int4 are ONNX graphs; nf4 and bnb-int8 need torch and bitsandbytes where "
+    "they label; optimum is the ONNX that other tools read.",
 )
 @click.option(
     "--target",
     type=click.Choice(list(WEIGHT_RANGE)),
     default=SAFE_TARGET,
     show_default=True,
-    help="With int8: the least processor it must run on; avx2 runs everywhere.",
+    help="With int8: avx2 runs everywhere; avx512_vnni and arm64 round weights more finely, and "
+    "refuse a processor that cannot add them exactly.",
 )
 @click.option(
     "--full-precision-base",
@@ -97,17 +99,25 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     metavar="PERCENT",
     help="Labels that must be those of the model as it was trained.",
 )
-@click.option("--accept-loss", is_flag=True, help="Write it all the same, and say so in it.")
+@click.option(
+    "--accept-loss", is_flag=True, help="Write it even if it loses more, and say so in it."
+)
 @click.option(
     "--also-checkpoint",
     type=click.Path(path_type=Path),
     help="Folder for the merged model as a Hugging Face checkpoint too.",
 )
-@click.option("--licence", required=True, help="Licence of the weights.")
+@click.option(
+    "--licence",
+    required=True,
+    help="Licence of the weights: an SPDX identifier such as Apache-2.0, or in words.",
+)
 @click.option(
     "--provenance", multiple=True, help="What it was trained on, with licence; repeatable."
 )
-@click.option("--base-name", help="What to call the base; default: the recipe's.")
+@click.option(
+    "--base-name", help="The base's hub id, or what to call it; default: as the recipe names it."
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def bundle(
     source: str,
@@ -131,8 +141,9 @@ def bundle(
     base_name: str | None,
     force: bool,
 ) -> None:
-    """Write the bundle of SOURCE, a run folder that `python -m train fit` wrote.
+    """Write the bundle of SOURCE, a run folder.
 
+    A run folder is what `python -m train fit` writes; its [[valid]] data is what is measured on.
     With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
@@ -162,7 +173,7 @@ def bundle(
     )
     with errors():
         load = run_loader(source, data, labels, template, original=full_precision_base)
-        info = export_bundle(load, output, options, force=force)
+        info = export_bundle(load, output, options, force=force, say=_say)
     click.echo(summary(info, output))
 
 
@@ -175,11 +186,14 @@ def bundle(
     multiple=True,
     required=True,
     metavar="SET=FILE",
-    help="Labelled dialogues, and the bundle's label set that their labels are of; repeatable.",
+    help="A label set of the bundle and dialogues labelled with it (meld=dev.jsonl); repeatable.",
 )
+@click.option("--name", help="The new bundle's name; default: as it is.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
-def calibrate(bundle_name: str, output: Path, given: tuple[str, ...], force: bool) -> None:
-    """Write BUNDLE measured and calibrated anew, on labelled dialogues of your own."""
+def calibrate(
+    bundle_name: str, output: Path, given: tuple[str, ...], name: str | None, force: bool
+) -> None:
+    """Write BUNDLE calibrated anew, on labelled dialogues of your own."""
     from ercbatch.bundle import find_bundle, open_bundle
     from export.bundle import summary
     from export.recalibrate import recalibrate
@@ -195,8 +209,8 @@ def calibrate(bundle_name: str, output: Path, given: tuple[str, ...], force: boo
         sources.append(Source(path, labels))
     with errors():
         opened = open_bundle(find_bundle(bundle_name))
-        info = recalibrate(opened, sources, output, force=force)
-    click.echo(summary(info, output))
+        info = recalibrate(opened, sources, output, name=name, force=force)
+    click.echo(summary(info, output, {source.label_set().name for source in sources}))
 
 
 @main.command()
@@ -204,13 +218,20 @@ def calibrate(bundle_name: str, output: Path, given: tuple[str, ...], force: boo
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
-    """Write the model of BUNDLE as a Hugging Face checkpoint, a base to train on."""
+    """Write the model of BUNDLE (fp32 or int8) as a checkpoint to train on.
+
+    It has Hugging Face's form. Of other forms, see `bundle --also-checkpoint`.
+    """
     from ercbatch.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
     with errors():
         write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
+
+
+def _say(text: str) -> None:
+    click.echo(f"export: {text}", err=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import shutil
-import time
+import sys
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Protocol
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
+from ercbatch.answers import AnswerHead
 from ercbatch.bank import build_bank, read_examples
 from ercbatch.bundle import (
     BundleInfo,
@@ -22,17 +26,12 @@ from ercbatch.bundle import (
     write_bundle,
 )
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import LossError, UsageError
-from ercbatch.labels import LabelSet
+from ercbatch.errors import LossError
 from ercbatch.onnx_scorer import available_threads
-from ercbatch.packs import Pack, join
-from ercbatch.pipeline import Engine, Retriever
-from ercbatch.prompts import template
+from ercbatch.pipeline import Retriever
 from ercbatch.scorers import open_model
-from ercbatch.scoring import Scorer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Renderer, Task
 from export.card import write_card
 from export.forms import (
     describe_form,
@@ -41,16 +40,19 @@ from export.forms import (
     save_merged,
     write_form,
 )
+from export.measure import Measured, Questions, Say, measure, with_demonstrations
 from export.model import fitting_dtype, traced_attention
-from export.proof import Limits, calibrate_sets, compare, losses, temperatures
+from export.proof import UNMEASURED, Limits, calibrate_sets, compare, losses, temperatures
 from export.targets import SAFE_TARGET
-from train.datasets import Dataset, read_dataset
-from train.recipe import Recipe, Source
+from train.recipe import Source
 from train.run import TrainedRun, load_run, run_checkpoint, untrained_run
-from train.validate import Predictions, distinct_dataset_names, predict
 
-_SHOWN = 3
-"""Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
+_OTHER_FORM = (
+    ": choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"
+)
+_NO_DATA = (
+    ": train with [[valid]] data, or give --accept-loss and run `export calibrate` afterwards"
+)
 
 
 class Loader(Protocol):
@@ -114,79 +116,18 @@ def run_loader(
     return loader
 
 
-class _Questions:
-    """What a run was taught to answer, and the data to hold a bundle of it against."""
-
-    def __init__(self, run: TrainedRun) -> None:
-        recipe = run.recipe
-        self.recipe: Recipe = recipe
-        self.wording = template(recipe.template)
-        taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
-        if not taught:
-            raise UsageError("the run has learnt no labels: there is nothing to label with")
-        sets = {source.labels: source.label_set() for source in taught}
-        self.label_sets: tuple[LabelSet, ...] = tuple(sets.values())
-        self.shown = taught[0]
-        self.renderers = {
-            s.name: Renderer(run.tokenizer, self.wording, recipe.window, s.labels)
-            for s in self.label_sets
-        }
-        self.tokens = sorted({t for r in self.renderers.values() for t in r.trie.tokens})
-        held_out = [read_dataset(source) for source in recipe.valid]
-        for dataset in held_out:
-            if dataset.labels.name not in self.renderers:
-                raise UsageError(
-                    f"{dataset.source.path}: the run has not learnt the labels of "
-                    f"{dataset.labels.name}: a bundle is measured on labels that it has"
-                )
-        names = distinct_dataset_names(held_out)
-        self.held_out: dict[str, Dataset] = {
-            f"{name}, validation split": dataset
-            for name, dataset in zip(names, held_out, strict=True)
-        }
-
-    def engine(self, scorer: Scorer, dataset: Dataset) -> Engine:
-        """What answers a dataset's questions, uncalibrated."""
-        renderer = self.renderers[dataset.labels.name]
-        return Engine(scorer, renderer, 1.0, self.recipe.pack_tokens)
-
-    def samples(self, count: int) -> list[Pack]:
-        """Packs of a few training dialogues."""
-        renderer = self.renderers[self.label_sets[0].name]
-        return [
-            join([(0, tree)])
-            for scene in read_dataset(self.shown).scenes[:count]
-            for tree in renderer.trees(
-                scene.dialogue,
-                [Question(Task.EMOTION, t) for t in range(len(scene.dialogue.utterances))],
-            )
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What a scorer says of each dataset, and how long it took, in seconds."""
-
-    predictions: dict[str, Predictions]
-    seconds: dict[str, float]
-
-
-def _measure(questions: _Questions, scorer: Scorer) -> _Measured:
-    measured = _Measured({}, {})
-    for name, dataset in questions.held_out.items():
-        began = time.perf_counter()
-        measured.predictions[name] = predict(questions.engine(scorer, dataset), dataset)
-        measured.seconds[name] = time.perf_counter() - began
-    return measured
-
-
 def export_bundle(
-    load: Loader, folder: Path, options: BundleOptions, *, force: bool = False
+    load: Loader,
+    folder: Path,
+    options: BundleOptions,
+    *,
+    force: bool = False,
+    say: Say = lambda text: None,
 ) -> BundleInfo:
-    """Write the bundle of what `load` loads, and say what it is.
+    """Write the bundle of what `load` loads, and describe it; `say` hears of each step.
 
-    The model as it was trained answers the validation data first; then it is merged, and only one
-    of the two is in memory at a time.
+    The model as it was trained answers the validation data; then it is merged and written; then
+    what was written answers. Only one of the three is in memory at a time.
 
     Raises:
         UsageError: the folder exists, or the run cannot be made a bundle of.
@@ -199,26 +140,23 @@ def export_bundle(
             refuse_existing(path, force=force)
     need_libraries(options.form)
     encoder = None if options.encoder is None else encoder_files(options.encoder)
+    say("loading the model as it was trained")
     run = load(merged=False)
-    questions = _Questions(run)
-    original = _measure(questions, TorchScorer(run.model, questions.tokens))
+    questions = Questions(run)
+    original = measure(questions, TorchScorer(run.model, questions.tokens), say)
     del run
-    gc.collect()
-    run = load(merged=True)
-    head = run.model.answer_head(questions.tokens)
+    _give_back()
 
-    def fill(part: Path) -> BundleInfo:
-        samples = questions.samples(sample_size(run.model))
-        save_file(dict(head.tensors()), part / files.HEAD)
-        run.tokenizer.save(part / files.TOKENIZER)
-        write_form(run, part, options.form, options.target, samples)
+    def fill(part: Path, checkpoint: Path | None) -> BundleInfo:
         retriever = None
         if encoder is not None and options.examples is not None:
             retriever = _write_bank(questions, part, encoder, options.examples)
+        say(f"merging it, and writing it as {options.form}")
+        info, head = _write_merged(load, questions, options, part, checkpoint, retriever)
+        _give_back()
         listed = [path.name for path in part.iterdir()]
         scorer = open_model(part, options.form, head, available_threads(), listed)
-        info = _describe(questions, options, run, retriever)
-        info = _prove(info, questions, original, _measure(questions, scorer), options)
+        info = _prove(info, questions, original, measure(questions, scorer, say), options)
         if retriever is not None:
             quality = {
                 name: {
@@ -231,15 +169,43 @@ def export_bundle(
         write_card(info, part)
         return info
 
-    info = write_bundle(folder, fill, force=force)
-    if options.also_checkpoint is not None:
-        with whole_folder(options.also_checkpoint, force=force) as part:
-            save_merged(run, part)
-    return info
+    with ExitStack() as stack:
+        checkpoint = options.also_checkpoint
+        if checkpoint is not None:
+            checkpoint = stack.enter_context(whole_folder(checkpoint, force=force))
+        return write_bundle(folder, lambda part: fill(part, checkpoint), force=force)
+
+
+def _give_back() -> None:
+    """Let go of the memory of a model: glibc keeps what its matrices were in for the next ones."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _write_merged(
+    load: Loader,
+    questions: Questions,
+    options: BundleOptions,
+    part: Path,
+    checkpoint: Path | None,
+    retriever: Retriever | None,
+) -> tuple[BundleInfo, AnswerHead]:
+    """Write the merged model's files; its description but what is measured, and its answer head."""
+    run = load(merged=True)
+    head = run.model.answer_head(questions.tokens)
+    samples = questions.samples(sample_size(run.model))
+    save_file(dict(head.tensors()), part / files.HEAD)
+    run.tokenizer.save(part / files.TOKENIZER)
+    write_form(run, part, options.form, options.target, samples)
+    if checkpoint is not None:
+        save_merged(run, checkpoint)
+    return _describe(questions, options, run, retriever), head
 
 
 def _write_bank(
-    questions: _Questions, part: Path, encoder: tuple[Path, Path], examples: Path
+    questions: Questions, part: Path, encoder: tuple[Path, Path], examples: Path
 ) -> Retriever:
     for source, name in zip(encoder, (files.ENCODER, files.ENCODER_TOKENIZER), strict=True):
         shutil.copyfile(source, part / name)
@@ -251,7 +217,7 @@ def _write_bank(
 
 
 def _describe(
-    questions: _Questions,
+    questions: Questions,
     options: BundleOptions,
     run: TrainedRun,
     retriever: Retriever | None,
@@ -285,9 +251,9 @@ def _describe(
 
 def _prove(
     info: BundleInfo,
-    questions: _Questions,
-    original: _Measured,
-    found: _Measured,
+    questions: Questions,
+    original: Measured,
+    found: Measured,
     options: BundleOptions,
 ) -> BundleInfo:
     """The description with what was measured.
@@ -296,7 +262,7 @@ def _prove(
         LossError: the bundle falls short by more than the limits, and that is not accepted.
     """
     quality: dict[str, dict[str, float]] = {}
-    lost = [] if found.predictions else ["no validation data: nothing is measured"]
+    lost = [] if found.predictions else [UNMEASURED]
     for name, predictions in found.predictions.items():
         speed = original.seconds[name] / found.seconds[name]
         quality[name] = compare(predictions, original.predictions[name], speed)
@@ -304,8 +270,7 @@ def _prove(
     if lost and not options.accept_loss:
         raise LossError(
             "nothing is written, for the bundle cannot be vouched for: "
-            + "; ".join(lost)
-            + ": choose another --quantize, give more [[valid]] data, or --accept-loss"
+            f"{'; '.join(lost)}: {_OTHER_FORM if found.predictions else _NO_DATA}"
         )
     calibration = calibrate_sets(
         (dataset.labels.name, found.predictions[name])
@@ -320,13 +285,6 @@ def _prove(
     )
 
 
-def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> dict[str, float]:
-    """What an engine's weighted F1 is where questions show demonstrations."""
-    showing = replace(engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN)
-    found = predict(showing, dataset).figures()["weighted_f1"]
-    return {"weighted_f1_with_demonstrations": round(found, 4)}
-
-
 def _architecture(model: PackedModel) -> dict[str, Any]:
     """The model's configuration, without what is of this machine or of how it was loaded."""
     config: dict[str, Any] = model.model.config.to_diff_dict()
@@ -334,23 +292,28 @@ def _architecture(model: PackedModel) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in (*left_out, "quantization_config")}
 
 
-def summary(info: BundleInfo, folder: Path) -> str:
-    """What was written and measured, for people."""
+def summary(info: BundleInfo, folder: Path, only: Collection[str] | None = None) -> str:
+    """What was written and measured, for people; of all label sets, or of some."""
     size = sum(digest.size for digest in info.files.values()) / 1e6
     lines = [f"{folder}: {info.form}, {size:,.1f} MB"]
     for name, figures in info.quality.items():
+        if only is not None and name.partition(",")[0] not in only:
+            continue
         line = f"{name}: weighted F1 {figures['weighted_f1']:.2%}"
         if "weighted_f1_original" in figures:
             line += (
-                f" (the original's {figures['weighted_f1_original']:.2%}), "
-                f"{figures['agreement']:.1%} of the labels its labels, probabilities within "
-                f"{figures['largest_difference']:.4f}, {figures['speed_ratio']:.2f} times as fast"
+                f" (the trained model's {figures['weighted_f1_original']:.2%}); its label for "
+                f"{figures['agreement']:.1%} of utterances, probabilities within "
+                f"{figures['largest_difference']:.4f}; {figures['speed_ratio']:.2f} times as fast "
+                "as it is in torch here"
             )
         lines.append(line)
     for name, found in info.calibration.items():
-        lines.append(
-            f"{name}: calibration error {found['error_after']} (before {found['error_before']}; "
-            f"of true probabilities {found['error_if_perfect']})"
-        )
+        if only is None or name in only:
+            lines.append(
+                f"{name}: calibration error {found['error_after']} with a temperature of "
+                f"{found['temperature']} ({found['error_before']} without; chance alone gives "
+                f"{found['error_if_perfect']})"
+            )
     lines += [f"warning: accepted loss: {loss}" for loss in info.accepted_loss]
     return "\n".join(lines)

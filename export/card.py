@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,22 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ercbatch import bundle as files
 from ercbatch.bundle import BundleInfo
+from ercbatch.show import FIGURES, figure
 
-_METRICS = {"weighted_f1": "f1", "macro_f1": "f1", "accuracy": "accuracy"}
+_METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "weighted_f1": ("f1", {"average": "weighted"}),
+    "macro_f1": ("f1", {"average": "macro"}),
+    "accuracy": ("accuracy", {}),
+}
+"""Figure -> the metric of the `evaluate` library that it is, and its arguments."""
+_LICENCES = frozenset(
+    "apache-2.0 mit bsd bsd-2-clause bsd-3-clause gpl gpl-2.0 gpl-3.0 lgpl lgpl-3.0 agpl-3.0 "
+    "mpl-2.0 cc cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "openrail bigscience-openrail-m bigscience-bloom-rail-1.0 llama2 llama3 llama3.1 llama3.2 "
+    "llama3.3 llama4 gemma unknown".split()
+)
+"""Of Hugging Face's licence identifiers, those that language models and dialogues come under."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card_data(info: BundleInfo) -> ModelCardData:
@@ -20,23 +36,24 @@ def card_data(info: BundleInfo) -> ModelCardData:
         EvalResult(
             task_type="text-classification",
             task_name="Emotion recognition in conversation",
-            dataset_type="dialogues",
+            dataset_type=dataset.partition(",")[0],
             dataset_name=dataset,
-            dataset_config=dataset,  # what tells datasets apart in a model index
             metric_type=metric,
             metric_name=name.replace("_", " "),
             metric_value=figures[name],
+            metric_args=dict(arguments),
         )
         for dataset, figures in info.quality.items()
-        for name, metric in _METRICS.items()
+        for name, (metric, arguments) in _METRICS.items()
         if name in figures
     ]
-    known = info.licence.partition(" (")[0]  # what comes after it explains
+    licence = "-".join(info.licence.partition(" (")[0].lower().split())  # after it: explanations
+    known = licence in _LICENCES
     return ModelCardData(
         model_name=info.name,
-        license="other" if " " in known else known.lower(),
-        license_name=known if " " in known else None,
-        base_model=info.base,
+        license=licence if known else "other",
+        license_name=None if known else licence,
+        base_model=info.base if _HUB_ID.fullmatch(info.base) else None,
         library_name="ercbatch",
         pipeline_tag="text-classification",
         tags=["emotion-recognition-in-conversation", info.form],
@@ -70,14 +87,15 @@ def card(info: BundleInfo) -> str:
     rows += [f"- `{s.name}`: {', '.join(s.labels)}" for s in info.label_sets]
     if info.accepted_loss:
         rows += ["", "## Accepted loss", ""]
-        rows += ["By these measures it falls short of the model that it was made from:", ""]
+        rows += ["It was written although:", ""]
         rows += [f"- {loss}" for loss in info.accepted_loss]
     rows += ["", "## Measured with this bundle", ""]
     if not info.quality:
         rows += ["Nothing: there was no validation data. Confidences are not calibrated.", ""]
     for name, figures in info.quality.items():
         rows += [f"### {name}", ""]
-        rows += _table(["figure", "value"], [[k.replace("_", " "), v] for k, v in figures.items()])
+        told = [[FIGURES.get(k, (k,))[0], figure(k, v)] for k, v in figures.items()]
+        rows += _table(["figure", "value"], told)
     for name, found in info.calibration.items():
         rows += [f"## How far to trust a confidence: {name}", "", *_calibration(found)]
     return "\n".join(rows).rstrip() + "\n"
@@ -85,17 +103,19 @@ def card(info: BundleInfo) -> str:
 
 def _calibration(found: dict[str, Any]) -> list[str]:
     rows = [
-        f"On {found['utterances']:,} utterances, each calibrated by dialogues other than its own. "
-        f"The calibration error is {found['error_after']} ({found['error_before']} without "
-        f"temperature scaling; {found['error_if_perfect']} is what true probabilities would show "
-        "on as many utterances).",
+        f"On {found['utterances']:,} utterances, the calibration error (how far confidences are "
+        f"from the share of right answers, in the mean over 15 bins) is {found['error_after']}. It "
+        f"is {found['error_before']} without the temperature of {found['temperature']}; chance "
+        f"alone gives {found['error_if_perfect']} on as many utterances, were every confidence "
+        "true. Each utterance was judged by a temperature fitted on other dialogues.",
+        "",
+        "Take the share of right answers that you need, and give `ercbatch label` the confidence "
+        "beside it: what is less sure gets no emotion. The fewer answers a row rests on, the less "
+        "exactly it will come true.",
         "",
     ]
-    recommended = [
-        [f"{r['precision']:.0%}", *_answer(r["min_confidence"], r["coverage"])]
-        for r in found["recommended"]
-    ]
-    rows += _table(["right answers", "`--min-confidence`", "utterances answered"], recommended)
+    head = ["answers right", "`--min-confidence`", "utterances answered", "right here"]
+    rows += _table(head, [[f"{r['precision']:.0%}", *_answer(r)] for r in found["recommended"]])
     points = [
         [f"{p['coverage']:.0%}", f"{p['risk']:.1%}", f"{p['confidence']:.2f}"]
         for p in found["coverage"]
@@ -103,10 +123,11 @@ def _calibration(found: dict[str, Any]) -> list[str]:
     return rows + _table(["answering the surest", "errs in", "from a confidence of"], points)
 
 
-def _answer(confidence: float | None, coverage: float | None) -> list[str]:
-    if confidence is None or coverage is None:
-        return ["not reached", "–"]
-    return [f"{confidence:.2f}", f"{coverage:.0%}"]
+def _answer(found: dict[str, Any]) -> list[str]:
+    if found["min_confidence"] is None:
+        return ["not reached", "–", "–"]
+    right = f"{found['right']:,} of {found['answered']:,}" if found.get("answered") else "–"
+    return [f"{found['min_confidence']:.2f}", f"{found['coverage']:.0%}", right]
 
 
 def _table(head: list[str], body: list[list[Any]]) -> list[str]:

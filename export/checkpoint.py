@@ -59,7 +59,8 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
     if bundle.info.form not in _READ:
         raise BundleError(
             f"{bundle.folder}: is {bundle.info.form}; a checkpoint can be made of "
-            f"{' and '.join(_READ)} bundles: train from its base"
+            f"{' and '.join(_READ)} bundles: export the run with --also-checkpoint, or train from "
+            "its base"
         )
     labeler = Labeler(bundle)
     try:

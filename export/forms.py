@@ -37,8 +37,8 @@ def describe_form(form: str, target: str) -> str:
     return {
         "fp32": "none (float32)",
         "int8": (
-            f"int8 weights within ±{WEIGHT_RANGE[target]}, int8 activations per token; "
-            "int8 embedding rows"
+            f"int8 weights within ±{WEIGHT_RANGE[target]} (for {target}), int8 activations per "
+            "token; int8 embedding rows"
         ),
         "int4": "4-bit weights in blocks of 32, int8 activations per block; int8 embedding rows",
         "nf4": "NF4 weights, double quantization (bitsandbytes)",
@@ -60,7 +60,8 @@ def need_libraries(form: str) -> None:
             import export.bnb  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(
-                f"the form {form} needs bitsandbytes ({error}): pip install 'ercbatch[bnb]'"
+                f"the form {form} needs bitsandbytes ({error}): pip install '.[bnb]' in a checkout "
+                "of ercbatch"
             ) from error
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx.external_data_helper import save_external_data, set_external_data
 
 from ercbatch import bundle
 from export.rounding import Array
@@ -175,12 +174,10 @@ class Graph:
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
         """Add a constant; one that is there already stays as it is."""
         if name not in self._added:
-            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
-            if self._data is not None and value.nbytes >= _OUTSIDE:
-                set_external_data(tensor, location=self._data.name)
-                save_external_data(tensor, str(self._data.parent))
-                tensor.ClearField("raw_data")
-            self._added[name] = tensor
+            if self._data is None or value.nbytes < _OUTSIDE:
+                self._added[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            else:
+                self._added[name] = _written(self._data, name, value)
         return name
 
     def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
@@ -252,6 +249,20 @@ class Graph:
         """
         onnx.save(self.finish(), path)
         onnx.checker.check_model(str(path))
+
+
+def _written(path: Path, name: str, value: npt.NDArray[np.generic]) -> TensorProto:
+    """A constant that is added to a data file, its bytes copied no more often than they must be."""
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    tensor = TensorProto(
+        name=name, dims=value.shape, data_type=kind, data_location=TensorProto.EXTERNAL
+    )
+    with path.open("ab") as file:
+        place = {"location": path.name, "offset": file.tell(), "length": value.nbytes}
+        np.ascontiguousarray(value).tofile(file)
+    for key, told in place.items():
+        tensor.external_data.add(key=key, value=str(told))
+    return tensor
 
 
 def data_file(folder: Path, size: float) -> Path | None:

@@ -23,6 +23,10 @@ PRECISIONS = (0.8, 0.9, 0.95)
 _FEWEST = 30
 """Utterances above a least confidence, at least, for its precision to be told."""
 
+UNMEASURED = "no validation data: nothing is measured"
+UNCOMPARED = "it was never compared with the model that it was made from"
+"""Accepted losses of a bundle without validation data: at its export, and once it is measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -34,12 +38,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """Which `--min-confidence` gives answers of this precision, and to which share of utterances;
-    None where that is reached by none of them, or by too few to tell."""
+    """Which `--min-confidence` gives answers of this precision: how many utterances it `answered`,
+    a share `coverage` of all, and how many of the answers were `right`. None and zeros where no
+    confidence reaches that, or for too few utterances to tell."""
 
     precision: float
-    min_confidence: float | None
-    coverage: float | None
+    min_confidence: float | None = None
+    coverage: float | None = None
+    answered: int = 0
+    right: int = 0
 
 
 def compare(found: Predictions, original: Predictions, speed: float) -> dict[str, float]:
@@ -99,9 +106,10 @@ def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
     """The calibration of one label set, over all validation data that has it.
 
     The `temperature` is fitted on all of it. The calibration errors, and the table of what can be
-    answered at which risk, are those of temperatures that were fitted on other dialogues. The error
-    of few utterances is never zero: `error_if_perfect` is what it would be on as many, were every
-    probability true.
+    answered at which risk, are those of temperatures that were fitted on other dialogues; where
+    gold labels are no likelier for these, there is nothing to mend, and the temperature is 1. The
+    error of few utterances is never zero: `error_if_perfect` is what it would be on as many, were
+    every probability true.
     """
     gold = np.concatenate([p.gold for p in predictions])
     logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
@@ -110,10 +118,13 @@ def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
     for part in range(_FOLDS):
         held = fold == part
         after[held] = calibrated(logs[held], fit_temperature(logs[~held], gold[~held]))
+    temperature = fit_temperature(logs, gold)
+    if _likelihood(after, gold) <= _likelihood(calibrated(logs, 1.0), gold):
+        temperature, after = 1.0, calibrated(logs, 1.0)
     right = after.argmax(1) == gold
     return {
         "utterances": len(gold),
-        "temperature": fit_temperature(logs, gold),
+        "temperature": temperature,
         "error_before": _error(calibrated(logs, 1.0), gold),
         "error_after": _error(after, gold),
         "error_if_perfect": _perfect_error(after),
@@ -147,8 +158,15 @@ def recommend(confidence: Floats, right: npt.NDArray[np.bool_], precision: float
         if answered.sum() < _FEWEST:
             break
         if right[answered].mean() >= precision:
-            return Recommendation(precision, least / 100, round(float(answered.mean()), 4))
-    return Recommendation(precision, None, None)
+            share = round(float(answered.mean()), 4)
+            count, correct = int(answered.sum()), int(right[answered].sum())
+            return Recommendation(precision, least / 100, share, count, correct)
+    return Recommendation(precision)
+
+
+def _likelihood(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
+    """The mean log probability of gold labels."""
+    return float(np.log(probabilities[np.arange(len(gold)), gold].clip(1e-12)).mean())
 
 
 def fit_temperature(logs: Floats, gold: npt.NDArray[np.int64]) -> float:
@@ -159,8 +177,5 @@ def fit_temperature(logs: Floats, gold: npt.NDArray[np.int64]) -> float:
     if not len(gold):
         return 1.0
     grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
-    likelihoods = [
-        np.log(calibrated(logs, float(t))[np.arange(len(gold)), gold].clip(1e-12)).mean()
-        for t in grid
-    ]
+    likelihoods = [_likelihood(calibrated(logs, float(t)), gold) for t in grid]
     return round(float(grid[int(np.argmax(likelihoods))]), 4)

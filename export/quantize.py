@@ -43,7 +43,7 @@ _INT8, _SCALE, _COLUMNS = "_int8", "_scale", "_columns"
 and its rows in float32."""
 _TABLE, _TABLE_SCALE = "_table_int8", "_table_scale"
 """The same of a lookup table: int8 rows, and the scale of each."""
-_TOGETHER = 2 << 30
+_TOGETHER = 1 << 30
 """Bytes of correlations that are gathered in one run over the samples."""
 
 
@@ -77,11 +77,11 @@ def sampled(
     while waiting:
         several, size = [waiting.pop(0)], 0
         while waiting and size < _TOGETHER:
-            size += 8 * _inputs(graph, waiting[0][0]) ** 2
+            size += 4 * _inputs(graph, waiting[0][0]) ** 2
             several.append(waiting.pop(0))
-        seen = sampler([products[0].weight for products in several]) if sampler else {}
+        seen = dict(sampler([products[0].weight for products in several])) if sampler else {}
         for products in several:
-            yield products, seen.get(products[0].weight)
+            yield products, seen.pop(products[0].weight, None)  # used up: they are large
 
 
 def quantize_lookups(graph: Graph, *, smallest_table: int = SMALLEST_TABLE) -> None:

@@ -12,20 +12,25 @@ from ercbatch import bundle as files
 from ercbatch.bundle import Bundle, BundleInfo, write_bundle
 from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
-from export.bundle import with_demonstrations
 from export.card import write_card
-from export.proof import calibrate_sets, rounded, temperatures
+from export.measure import measured_names, with_demonstrations
+from export.proof import UNCOMPARED, UNMEASURED, calibrate_sets, rounded, temperatures
 from train.datasets import read_dataset
 from train.recipe import Source
-from train.validate import Predictions, distinct_dataset_names, predict
+from train.validate import Predictions, predict
 
 
 def recalibrate(
-    bundle: Bundle, sources: Sequence[Source], folder: Path, *, force: bool = False
+    bundle: Bundle,
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    name: str | None = None,
+    force: bool = False,
 ) -> BundleInfo:
     """Write the bundle with temperatures, figures and card from these labelled dialogues.
 
-    Label sets without dialogues here keep what they have.
+    Label sets without dialogues here keep what they have, and by default the bundle its `name`.
 
     Raises:
         InputError: the dialogues have no labels, or labels outside the set.
@@ -38,7 +43,7 @@ def recalibrate(
     datasets = [read_dataset(source) for source in sources]
     quality: dict[str, Any] = {}
     said: list[tuple[str, Predictions]] = []
-    for name, dataset in zip(distinct_dataset_names(datasets), datasets, strict=True):
+    for title, dataset in zip(measured_names(datasets), datasets, strict=True):
         labeler = Labeler(bundle, label_set=dataset.labels.name, demonstrations=0)
         engine = replace(labeler.engine, temperature=1.0)
         found = predict(engine, dataset)
@@ -47,14 +52,17 @@ def recalibrate(
         if files.ENCODER in bundle.info.files:
             retriever = open_retriever(bundle, available_threads())
             figures |= with_demonstrations(engine, dataset, retriever)
-        quality[f"{name}, validation split"] = rounded(figures)
+        quality[title] = rounded(figures)
     calibration = calibrate_sets(said)
-    # A figure's name begins with its label set, followed by the file where there are several.
+    # A figure's name begins with its label set.
     anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
-    kept = {name: old for name, old in bundle.info.quality.items() if not name.startswith(anew)}
+    kept = {title: old for title, old in bundle.info.quality.items() if not title.startswith(anew)}
+    lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in bundle.info.accepted_loss)
     info = replace(
         bundle.info,
+        name=name or bundle.info.name,
         format=files.FORMAT,
+        accepted_loss=lost,
         quality={**kept, **quality},
         calibration={**bundle.info.calibration, **calibration},
         temperatures={**bundle.info.temperatures, **temperatures(calibration)},

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Array = npt.NDArray[np.float32]
-Correlation = npt.NDArray[np.float64]
 
 _DAMPING = 0.01
 """Added to the correlation's diagonal, as a share of its mean: samples are few."""
 
+_ROWS = 4096
+"""Rows that are rounded at a time."""
 _BLOCK = 64
 """Columns whose errors reach the columns after them in one product."""
 
 
 def row_scales(table: Array, limit: int) -> Array:
     """float32 scales [rows, 1] that bring a table [rows, n] within +-limit."""
-    scales = np.abs(table).max(axis=1, keepdims=True) / limit
+    high = np.maximum(table.max(axis=1, keepdims=True), -table.min(axis=1, keepdims=True))
+    scales = high / limit
     return np.where(scales == 0, 1, scales).astype(np.float32)
 
 
@@ -42,11 +45,15 @@ def quantize_rows(table: Array, limit: int) -> tuple[npt.NDArray[np.int8], Array
 
 def round_alone(table: Array, scales: Array, low: int, high: int) -> npt.NDArray[np.int8]:
     """A table [rows, n] in steps of `scales` ([rows, 1] or [rows, n]), from low to high."""
-    return np.round(table / scales).clip(low, high).astype(np.int8)
+    values = np.empty(table.shape, np.int8)
+    for start in range(0, len(table), _ROWS):  # a vocabulary is much to have twice in float32
+        rows = slice(start, start + _ROWS)
+        values[rows] = np.round(table[rows] / scales[rows]).clip(low, high)
+    return values
 
 
 def round_together(
-    table: Array, scales: Array, low: int, high: int, correlation: Correlation
+    table: Array, scales: Array, low: int, high: int, correlation: Array
 ) -> npt.NDArray[np.int8]:
     """Like `round_alone`, for a table that multiplies activations of this correlation [n, n].
 
@@ -57,9 +64,7 @@ def round_together(
     order = np.argsort(-np.diag(correlation), kind="stable")
     rest = table[:, order].astype(np.float64)
     steps = np.broadcast_to(scales, table.shape)[:, order]
-    damped = correlation[np.ix_(order, order)].copy()
-    damped[np.diag_indices_from(damped)] += _DAMPING * np.diag(damped).mean() + 1e-12
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    upper = _inverse_factor(correlation[np.ix_(order, order)])
     rounded = np.empty_like(rest)
     for start in range(0, rest.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -73,3 +78,14 @@ def round_together(
     values = np.empty(table.shape, dtype=np.int8)
     values[:, order] = rounded
     return values
+
+
+def _inverse_factor(correlation: Array) -> npt.NDArray[np.float64]:
+    """U, upper triangular: U.T @ U is the inverse of the damped correlation."""
+    found = torch.from_numpy(correlation).double()
+    found.diagonal().add_(_DAMPING * found.diagonal().mean() + 1e-12)
+    # Each step lets go of the one before: a matrix may have hundreds of megabytes.
+    found = torch.linalg.cholesky(found)
+    found = torch.cholesky_inverse(found)
+    upper: npt.NDArray[np.float64] = torch.linalg.cholesky(found, upper=True).numpy()
+    return upper

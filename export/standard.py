@@ -42,7 +42,7 @@ def import_optimum() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(
             f"the form optimum needs optimum-onnx, and a transformers that it takes ({error}): "
-            "run `pip install 'ercbatch[optimum]'`"
+            "pip install '.[optimum]' in a checkout of ercbatch"
         ) from error
     return main_export, TasksManager
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.rounding import Array, Correlation
+from export.rounding import Array
 
 ROWS_PER_CHANNEL = 2
 """Sample rows for each input channel, at least, for the samples to guide the rounding of weights.
@@ -24,12 +24,12 @@ class Statistics:
 
     rows: int
     peaks: Array
-    correlation: Correlation
+    correlation: Array
 
     @classmethod
     def of(cls, rows: Array) -> Statistics:
         """Those of rows [n, k]."""
-        return cls(len(rows), np.abs(rows).max(axis=0), (rows.T @ rows).astype(np.float64))
+        return cls(len(rows), np.abs(rows).max(axis=0), rows.T @ rows)
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.onnx import symbolic_opset9
 
 from export.graph import Graph
 
@@ -36,7 +38,7 @@ def trace(
         warnings.simplefilter("ignore")
         path = Path(folder) / "traced.onnx"
         module.eval()  # the exporter puts back the mode of the whole over that of the parts
-        with _hollow(module) as weights, torch.inference_mode():
+        with _hollow(module) as weights, _no_turned_weights(), torch.inference_mode():
             torch.onnx.export(
                 module,
                 example,
@@ -50,6 +52,21 @@ def trace(
                 do_constant_folding=False,
             )
         return Graph(onnx.load(path), weights, data)
+
+
+@contextmanager
+def _no_turned_weights() -> Iterator[None]:
+    """The exporter works out the transposition of every weight, to learn its shape, and keeps it;
+    that of a copy it doesn't."""
+
+    def linear(graph: Any, rows: Any, weight: Any, bias: Any) -> Any:
+        return symbolic_opset9.linear(graph, rows, graph.op("Identity", weight), bias)
+
+    torch.onnx.register_custom_op_symbolic("aten::linear", linear, OPSET)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::linear", OPSET)  # type: ignore[attr-defined]
 
 
 @contextmanager

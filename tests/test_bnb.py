@@ -312,7 +312,7 @@ def test_a_missing_package_is_named_with_what_to_install(
     done = python("-c", code)
     assert done.returncode == 2
     assert package in done.stderr
-    assert done.stderr.endswith("pip install 'ercbatch[bnb]'\n")
+    assert done.stderr.endswith("pip install '.[bnb]' in a checkout of ercbatch\n")
 
 
 def test_nothing_is_fetched_where_the_package_kernels_is_installed(tmp_path: Path) -> None:

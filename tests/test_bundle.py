@@ -24,7 +24,7 @@ def test_show_and_verify_say_what_a_bundle_is(bundle_folder: Path) -> None:
 
 
 def test_the_quantized_bundle_agrees_with_the_merged_model(bundle_folder: Path) -> None:
-    figures = read_info(bundle_folder).quality["meld, validation split"]
+    figures = read_info(bundle_folder).quality["meld, labelled_chat"]
     assert figures["agreement"] >= 0.97
     assert 0 <= figures["weighted_f1"] <= 1
 

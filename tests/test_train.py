@@ -61,12 +61,13 @@ def test_recipe_defaults_are_the_papers() -> None:
         ("alpha = true", "alpha: Input should be a valid number"),
         ("same_label = 'no'", "same_label: Input should be a valid boolean"),
         ("betas = [0.9, 1.5]", "betas must be in"),
-        ("seed = -1", r"seed must be in \[0, inf\)"),
+        ("seed = -1", r"seed must be in \[0, 4294967295\]"),
+        ("seed = 4294967296", r"seed must be in \[0, 4294967295\]"),
         ("lora_dropout = 2.0", r"lora_dropout must be in \[0, 1\)"),
         ("clip = 0", r"clip must be in \(0, inf\)"),
         ("bank_per_label = 0", r"bank_per_label must be in \[1, inf\)"),
         ("[window]\nfuture = 2", "later_turns"),
-        ("[window]\nturn = 3", "unknown key 'turn' for window"),
+        ("[window]\nturn = 3", "unknown key 'turn' for .window.: did you mean turns"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:

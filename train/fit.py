@@ -172,12 +172,14 @@ def _fit(
             raise DivergedError(f"{error}. {folder} holds what was good before") from error
     if accelerator.is_main_process:
         outcome["kept"] = kept
+        measured = ""
         if data.test:
             _load_kept(packed, adapter, folder)
             outcome["test"] = test.figures(recipe.stages[-1].tasks)
-            report(f"epoch {kept} is kept; {told(outcome['test'])}")
+            measured = f"; {told(outcome['test'])}"
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
+        report(f"{folder}: epoch {kept} is kept{measured}; next: python -m export bundle {folder}")
 
 
 def _load_kept(packed: PackedModel, adapter: Any, folder: Path) -> None:

@@ -72,7 +72,8 @@ def quantization(recipe: Recipe) -> Any:
         import ercbatch.bnb_scorer  # noqa: F401  # bitsandbytes, and no kernel from the hub
     except ImportError as error:
         raise MissingExtraError(
-            f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install 'ercbatch[bnb]'"
+            f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install '.[bnb]' in a "
+            "checkout of ercbatch"
         ) from error
     from transformers import BitsAndBytesConfig
 

@@ -6,6 +6,7 @@ Every default is the paper's (arXiv 2309.11911, section 4), except where a comme
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import tomllib
@@ -253,8 +254,9 @@ _RANGES = {
     "(0, inf)": ("learning_rate", "clip"),
     "[0, inf)": (
         *("alpha", "speaker_weight", "weight_decay", "class_balance", "exclude_overlap"),
-        *("speaker_epochs", "train_sample", "demonstrations_shown", "seed", "later_window"),
+        *("speaker_epochs", "train_sample", "demonstrations_shown", "later_window"),
     ),
+    "[0, 4294967295]": ("seed",),
     "[1, inf)": (
         *("epochs", "pack_tokens", "packs_per_step", "lora_rank", "lora_alpha"),
         *("demonstrations_most", "bank_per_label"),
@@ -289,12 +291,13 @@ def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> R
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
     for key in ("base", "encoder"):
-        if isinstance(values.get(key), str) and (path.parent / values[key]).exists():
-            values[key] = os.path.join(path.parent, values[key])  # "./mini" is not "mini"
+        name = values.get(key)
+        if isinstance(name, str) and name and (path.parent / name).exists():
+            values[key] = os.path.join(path.parent, name)  # "./mini" is not "mini"
     _check_tables(path, values)
     for table in (table for kind in _DATA for table in values.get(kind, ())):
         for key in ("path", "labels", "written", "mapping"):
-            if isinstance(table.get(key), str):
+            if table.get(key) and isinstance(table[key], str):
                 beside = path.parent / table[key]
                 # A label set is a built-in name or a file; data is always a file.
                 if key in ("path", "mapping") or beside.is_file():
@@ -328,6 +331,7 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: unknown keys, or values of another type or out of range.
     """
+    values = {"train": (), **values}  # so that what is missing is told in our words
     _check_tables(path, values)
     for table in (table for kind in _DATA for table in values.get(kind, ())):
         _check_keys(path, Source, table)
@@ -343,6 +347,9 @@ def recipe_from(path: Path, values: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"{path}: {key}: {first['msg']}") from error
 
 
+_TABLES = {Recipe: "a recipe", Source: "[[train]], [[valid]] or [[test]]", Window: "[window]"}
+
+
 def _check_tables(path: Path, values: Mapping[str, Any]) -> None:
     for key in _DATA:
         tables = values.get(key, ())
@@ -354,9 +361,7 @@ def _check_tables(path: Path, values: Mapping[str, Any]) -> None:
 
 def _check_keys(path: Path, kind: Any, values: Mapping[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(
-            f"{path}: unknown key {unknown[0]!r} for {kind.__name__.lower()}: "
-            f"it takes {', '.join(sorted(known))}"
-        )
+    for key in sorted(set(values) - known):
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
+        raise UsageError(f"{path}: unknown key {key!r} for {_TABLES[kind]}: {hint}")

@@ -77,7 +77,15 @@ def load_run(
     checkpoint = _checkpoint(folder, recipe)
     if recipe.method == "lora":
         _check_base(folder, recipe, others)
-    model, _ = load_causal_lm(checkpoint, **settings)
+    try:
+        model, _ = load_causal_lm(checkpoint, **settings)
+    except UsageError as error:
+        if Path(checkpoint).is_dir():
+            raise
+        raise UsageError(
+            f"{error}: {folder / DESCRIPTION} names the base as seen from the folder that `train "
+            "fit` was started in: start there, or give the path there"
+        ) from error
     if recipe.method == "lora":
         if quantized and merged:
             model = model.dequantize().to(_width(dtype))
@@ -109,7 +117,8 @@ def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
         described["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{path}: not the description of a finished run ({error}): run `python -m train fit`"
+            f"{path}: not the description of a finished run ({error}): run `python -m train fit`, "
+            "or take a model that was not trained with `export bundle --zero-shot`"
         ) from error
     if described.get("diverged") and not described["kept"]:
         raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")

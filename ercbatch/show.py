@@ -1,0 +1,84 @@
+"""What a bundle is and what was measured with it, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ercbatch.bundle import BundleInfo
+
+FIGURES: Mapping[str, tuple[str, str]] = {
+    "utterances": ("utterances with a gold label", "{:,}"),
+    "weighted_f1": ("weighted F1: the labels' F1, weighted by how often each occurs", "{:.2%}"),
+    "macro_f1": ("macro F1: the plain mean of the labels' F1", "{:.2%}"),
+    "accuracy": ("accuracy", "{:.2%}"),
+    "log_loss": ("log loss: mean −ln of the gold label's probability, uncalibrated", "{:.4f}"),
+    "weighted_f1_with_demonstrations": ("weighted F1 with three demonstrations shown", "{:.2%}"),
+    "weighted_f1_original": ("weighted F1 of the model as it was trained", "{:.2%}"),
+    "macro_f1_original": ("its macro F1", "{:.2%}"),
+    "agreement": ("utterances that get the same label as from that model", "{:.1%}"),
+    "largest_difference": ("largest difference of a probability from that model's", "{:.4f}"),
+    "speed_ratio": ("times as fast as that model in torch, where it was exported", "{:.2f}"),
+}
+"""Figure of `BundleInfo.quality` -> what it is, and its format."""
+
+
+def figure(name: str, value: Any) -> str:
+    """A figure's value for people."""
+    return FIGURES[name][1].format(value) if name in FIGURES else str(value)
+
+
+def describe(folder: Path, info: BundleInfo) -> str:
+    """What a bundle is."""
+    window, later = info.window, info.later_turns
+    both = f"{later} later turns" if later else "not trained"
+    rows = [
+        ("bundle", f"{info.name}, in {folder}"),
+        ("written by", f"ercbatch {info.version}, format {info.format}"),
+        ("base", info.base),
+        ("quantization", info.quantization),
+        *(("label set", f"{s.name}: {', '.join(s.labels)}") for s in info.label_sets),
+        ("template", f"{info.template}, version {info.template_version}"),
+        (
+            "window",
+            f"{window.turns} earlier turns, stride {window.stride}, {window.max_tokens} tokens; "
+            f"--context both: {both}",
+        ),
+        ("demonstrations", f"{info.demonstrations} a question"),
+        *(("data", source) for source in info.data),
+        ("licence", info.licence),
+        *(("accepted loss", loss) for loss in info.accepted_loss),
+        *(("confidence", f"{name}: {_trust(found)}") for name, found in info.calibration.items()),
+        *(("measured", f"{name}: {_measured(found)}") for name, found in info.quality.items()),
+        *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
+    ]
+    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)
+
+
+def _trust(found: Mapping[str, Any]) -> str:
+    """Which least confidences a label set's calibration recommends."""
+    return "; ".join(_recommended(found))
+
+
+def _recommended(found: Mapping[str, Any]) -> Iterator[str]:
+    for wanted in found["recommended"]:
+        precision, least = f"{wanted['precision']:.0%} right", wanted["min_confidence"]
+        if least is None:
+            yield f"{precision}: not reached"
+        elif least == 0:
+            yield f"{precision}: by all answers"
+        else:
+            yield f"{precision}: --min-confidence {least:.2f} answers {wanted['coverage']:.0%}"
+
+
+def _measured(figures: Mapping[str, Any]) -> str:
+    short = {
+        "utterances": "{} utterances",
+        "weighted_f1": "weighted F1 {}",
+        "macro_f1": "macro F1 {}",
+        "agreement": "{} labelled as by the model that was trained",
+    }
+    return ", ".join(
+        text.format(figure(name, figures[name])) for name, text in short.items() if name in figures
+    )

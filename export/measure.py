@@ -1,0 +1,113 @@
+"""What a run was taught to answer, and what scorers say of the data that it was validated on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ercbatch.errors import UsageError
+from ercbatch.labels import LabelSet
+from ercbatch.packs import Pack, join
+from ercbatch.pipeline import Engine, Retriever
+from ercbatch.prompts import template
+from ercbatch.scoring import Scorer
+from ercbatch.tree import Question, Renderer, Task
+from train.datasets import Dataset, read_dataset
+from train.recipe import Recipe, distinct_names
+from train.run import TrainedRun, digest
+from train.validate import Predictions, predict
+
+_WARM = 4
+"""Dialogues that are answered before the clock runs: what is done once is not the model's speed."""
+_SHOWN = 3
+"""Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
+
+Say = Callable[[str], None]
+"""Hears, in a few words, what is done next."""
+
+
+class Questions:
+    """What a run was taught to answer, and the data to hold a bundle of it against."""
+
+    def __init__(self, run: TrainedRun) -> None:
+        recipe = run.recipe
+        self.recipe: Recipe = recipe
+        self.wording = template(recipe.template)
+        taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
+        if not taught:
+            raise UsageError("the run has learnt no labels: there is nothing to label with")
+        sets = {source.labels: source.label_set() for source in taught}
+        self.label_sets: tuple[LabelSet, ...] = tuple(sets.values())
+        self.shown = taught[0]
+        self.renderers = {
+            s.name: Renderer(run.tokenizer, self.wording, recipe.window, s.labels)
+            for s in self.label_sets
+        }
+        self.tokens = sorted({t for r in self.renderers.values() for t in r.trie.tokens})
+        for source in recipe.valid:
+            recorded = run.data.get(source.path)
+            if recorded is not None and digest(source.path) != recorded:
+                raise UsageError(
+                    f"{source.path}: not what the run was validated on (its SHA-256 is another): "
+                    "put that back; `export calibrate` measures a bundle on other dialogues"
+                )
+        held_out = [read_dataset(source) for source in recipe.valid]
+        for dataset in held_out:
+            if dataset.labels.name not in self.renderers:
+                raise UsageError(
+                    f"{dataset.source.path}: the run has not learnt the labels of "
+                    f"{dataset.labels.name}: a bundle is measured on labels that it has"
+                )
+        self.held_out: dict[str, Dataset] = dict(
+            zip(measured_names(held_out), held_out, strict=True)
+        )
+
+    def engine(self, scorer: Scorer, dataset: Dataset) -> Engine:
+        """What answers a dataset's questions, uncalibrated."""
+        renderer = self.renderers[dataset.labels.name]
+        return Engine(scorer, renderer, 1.0, self.recipe.pack_tokens)
+
+    def samples(self, count: int) -> list[Pack]:
+        """Packs of a few training dialogues."""
+        renderer = self.renderers[self.label_sets[0].name]
+        return [
+            join([(0, tree)])
+            for scene in read_dataset(self.shown).scenes[:count]
+            for tree in renderer.trees(
+                scene.dialogue,
+                [Question(Task.EMOTION, t) for t in range(len(scene.dialogue.utterances))],
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a scorer says of each dataset, and how long it took, in seconds."""
+
+    predictions: dict[str, Predictions]
+    seconds: dict[str, float]
+
+
+def measure(questions: Questions, scorer: Scorer, say: Say) -> Measured:
+    measured = Measured({}, {})
+    for name, dataset in questions.held_out.items():
+        say(f"answering {name}: {len(dataset.scenes):,} dialogues")
+        predict(questions.engine(scorer, dataset), replace(dataset, scenes=dataset.scenes[:_WARM]))
+        began = time.perf_counter()
+        measured.predictions[name] = predict(questions.engine(scorer, dataset), dataset)
+        measured.seconds[name] = time.perf_counter() - began
+    return measured
+
+
+def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> dict[str, float]:
+    """What an engine's weighted F1 is where questions show demonstrations."""
+    showing = replace(engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN)
+    found = predict(showing, dataset).figures()["weighted_f1"]
+    return {"weighted_f1_with_demonstrations": round(found, 4)}
+
+
+def measured_names(datasets: Sequence[Dataset]) -> list[str]:
+    """What figures of datasets are called: by label set and file."""
+    names = distinct_names([dataset.source for dataset in datasets])
+    return [f"{d.labels.name}, {name}" for d, name in zip(datasets, names, strict=True)]
