@@ -142,12 +142,17 @@ class AnswerHead:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, npt.NDArray[np.generic]]) -> AnswerHead:
-        """Read what `tensors` gave."""
+        """Read what `tensors` gave.
+
+        Raises:
+            KeyError, ValueError: it is something else.
+        """
         scale, softcap = (float(value) for value in tensors["scale"])
-        return cls(
-            tensors["tokens"].astype(np.int64),
-            tensors["weight"].astype(np.float32),
-            tensors["bias"].astype(np.float32),
-            scale,
-            softcap,
-        )
+        tokens = tensors["tokens"].astype(np.int64)
+        weight = tensors["weight"].astype(np.float32)
+        bias = tensors["bias"].astype(np.float32)
+        if weight.ndim != 2 or not tokens.shape == bias.shape == weight.shape[:1]:
+            raise ValueError("the tensors of the answer head do not fit together")
+        if (np.diff(tokens) <= 0).any():
+            raise ValueError("the tokens of the answer head are not in order")
+        return cls(tokens, weight, bias, scale, softcap)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ercbatch.dialogues import parse_dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, InputError, RecordError
+from ercbatch.hnsw_file import is_sound
 from ercbatch.labels import LabelSet
 
 Vectors = npt.NDArray[np.float32]
@@ -27,6 +28,8 @@ INDEX = "demonstrations.hnsw"
 
 _EXACT_BELOW = 2_000
 """Banks smaller than this are searched exactly: it is as fast, and needs no index."""
+_LINKS = 16
+"""hnswlib's M: links of an element in the index, twice as many on its lowest level."""
 _CANDIDATES = 32
 """Candidates taken for each demonstration asked for, out of which labels are balanced."""
 
@@ -177,13 +180,17 @@ class DemonstrationBank:
     def load(cls, folder: Path, digests: Mapping[str, str]) -> DemonstrationBank:
         """Read what `save` wrote; `digests` maps file names to SHA-256.
 
-        hnswlib trusts the header of an index file, so the file is loaded only when its bytes are
-        the ones that the digest names; otherwise the index is built again from the vectors. The
-        caller has verified the texts and the vectors.
+        Only files with a digest are read; the caller has verified those. hnswlib believes what an
+        index file says, so it is loaded only when its bytes are the ones that the digest names and
+        all that is in it leads somewhere; otherwise the index is built again from the vectors.
 
         Raises:
-            BundleError: the texts and vectors do not fit together.
+            BundleError: texts or vectors have no digest, or do not fit together.
         """
+        if not {TEXTS, VECTORS} <= digests.keys():
+            raise BundleError(
+                f"{folder}: it has no demonstrations: export it with --encoder and --examples"
+            )
         demonstrations = read_examples(folder / TEXTS)
         vectors = load_file(folder / VECTORS).get("vectors", np.empty(0))
         if vectors.ndim != 2 or len(vectors) != len(demonstrations):
@@ -192,7 +199,8 @@ class DemonstrationBank:
             )
         index = None
         if len(vectors) >= _EXACT_BELOW:
-            index = _load_index(folder / INDEX, digests.get(INDEX), vectors.shape)
+            shape = (len(vectors), vectors.shape[1])
+            index = _load_index(folder / INDEX, digests.get(INDEX), shape)
         return cls(demonstrations, vectors, index)
 
 
@@ -206,19 +214,21 @@ def build_bank(
 def rebuild_index(vectors: Vectors) -> hnswlib.Index:
     """An hnswlib cosine index of vectors [n, dim]; the same ones always give the same bytes."""
     index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
-    index.init_index(max_elements=len(vectors), M=16, ef_construction=200, random_seed=42)
+    index.init_index(max_elements=len(vectors), M=_LINKS, ef_construction=200, random_seed=42)
     index.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return index
 
 
-def _load_index(path: Path, digest: str | None, shape: tuple[int, ...]) -> hnswlib.Index | None:
+def _load_index(path: Path, digest: str | None, shape: tuple[int, int]) -> hnswlib.Index | None:
     if digest is None or not path.exists():
         return None
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         return None
+    if not is_sound(path, *shape, _LINKS):
+        return None
     index = hnswlib.Index(space="cosine", dim=shape[1])
     index.load_index(str(path))
-    return index if index.get_current_count() == shape[0] else None
+    return index
 
 
 def read_examples(path: Path, labels: LabelSet | None = None) -> list[Demonstration]:

@@ -8,8 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from ercbatch.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
-from ercbatch.bundle import CARD, CARD_JSON, BundleInfo, find_bundle, open_bundle, write_bundle
-from ercbatch.errors import UsageError
+from ercbatch.bundle import (
+    CARD,
+    CARD_JSON,
+    MANIFEST,
+    BundleInfo,
+    find_bundle,
+    open_bundle,
+    write_bundle,
+)
+from ercbatch.folders import check_output
 from ercbatch.labeler import open_retriever
 from ercbatch.onnx_scorer import available_threads
 
@@ -32,8 +40,7 @@ def rebuild_with_examples(
         BundleError, UsageError: the bundle or the output is not usable.
     """
     bundle = open_bundle(find_bundle(name))
-    if output.exists() and output.resolve() == bundle.folder.resolve():
-        raise UsageError(f"{output} is the bundle to start from: choose another --output")
+    check_output(output, MANIFEST, force=force, inputs=[bundle.folder, examples])
     labels = bundle.info.label_set(label_set)
     found = read_examples(examples, labels)
     encoder = open_retriever(bundle, available_threads()).encoder

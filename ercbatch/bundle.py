@@ -12,8 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ercbatch.errors import BundleError, OutputError, UsageError
+from ercbatch.checked import LARGEST, integer, mapping, number, string, strings
+from ercbatch.errors import BundleError, ErcbatchError, MissingExtraError, UsageError
+from ercbatch.folders import whole_folder
 from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
@@ -44,7 +43,12 @@ RUNTIMES = {
 }
 """What runs a model of each form: ONNX Runtime, or torch with bitsandbytes."""
 
+MOST_DEMONSTRATIONS = 8
+"""That a question shows."""
+
 MANIFEST = "bundle.json"
+_LARGEST_MANIFEST = 16 << 20
+"""Bytes."""
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx.data"
 """Constants of a model that is too large for one ONNX file."""
@@ -136,25 +140,73 @@ class BundleInfo:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BundleInfo:
-        """Read what `to_json` wrote; a missing or odd value raises KeyError or TypeError."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError, UsageError: a missing or odd value.
+        """
         # Format 1.0 had none of these.
-        before = {"form": "fp32" if value["quantization"].startswith("none") else "int8"}
-        value = {"architecture": {}, "calibration": {}, "accepted_loss": (), **before, **value}
-        values = {f.name: value[f.name] for f in dataclasses.fields(cls)}
+        before = {"form": "fp32" if string(value["quantization"]).startswith("none") else "int8"}
+        value = {"architecture": {}, "calibration": {}, "accepted_loss": [], **before, **value}
+        texts = ("name", "version", "template", "form", "quantization", "base", "licence", "format")
+        values: dict[str, Any] = {name: string(value[name]) for name in texts}
+        for name, low, high in _NUMBERS:
+            values[name] = integer(value[name], low, high)
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
-        values["controls"] = ControlTokens.from_json(value["controls"])
-        values["window"] = Window(**value["window"])
-        values["data"] = tuple(value["data"])
-        values["accepted_loss"] = tuple(value["accepted_loss"])
-        values["architecture"] = dict(value["architecture"])
+        values["controls"] = ControlTokens.from_json(
+            {name: [integer(i) for i in ids] for name, ids in mapping(value["controls"]).items()}
+        )
+        values["window"] = Window(**{k: integer(v) for k, v in mapping(value["window"]).items()})
+        values["temperatures"] = {
+            name: number(t, 0.01, 100) for name, t in mapping(value["temperatures"]).items()
+        }
+        values["data"] = strings(value["data"])
+        values["accepted_loss"] = strings(value["accepted_loss"])
+        values["quality"] = {
+            name: {figure: number(v) for figure, v in mapping(figures).items()}
+            for name, figures in mapping(value["quality"]).items()
+        }
+        values["calibration"] = {
+            name: _calibration(mapping(v)) for name, v in mapping(value["calibration"]).items()
+        }
+        values["architecture"] = dict(mapping(value["architecture"]))
         values["files"] = {
-            name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in value["files"].items()
+            name: FileDigest(integer(f["size"], 0, 2**63), string(f["sha256"]))
+            for name, f in mapping(value["files"]).items()
         }
         if not values["label_sets"]:
             raise KeyError("label_sets")
         if values["form"] not in RUNTIMES:
             raise ValueError(f"form {values['form']!r}")
         return cls(**values)
+
+
+_NUMBERS = (
+    ("template_version", 0, LARGEST),
+    ("later_turns", 0, LARGEST),
+    ("pack_tokens", 1, LARGEST),
+    ("demonstrations", 0, MOST_DEMONSTRATIONS),
+)
+"""Field, and from what to what it may go."""
+
+
+def _calibration(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What `export.proof.calibrate` gives of a label set."""
+    names = ("utterances", "temperature", "error_before", "error_after", "error_if_perfect")
+    found: dict[str, Any] = {name: number(value[name]) for name in names}
+    found["coverage"] = [
+        {name: number(point[name]) for name in ("coverage", "risk", "confidence")}
+        for point in value["coverage"]
+    ]
+    found["recommended"] = [
+        {
+            "precision": number(r["precision"]),
+            **{k: None if r[k] is None else number(r[k]) for k in ("min_confidence", "coverage")},
+            **{k: integer(r.get(k, 0)) for k in ("answered", "right")},
+        }
+        for r in value["recommended"]
+    ]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +273,9 @@ def _no_bundle(name: str, packaged: Path) -> BundleError:
     )
 
 
+_ODD = (AttributeError, LookupError, RecursionError, TypeError, UsageError, ValueError)
+
+
 def read_info(folder: Path) -> BundleInfo:
     """Read `bundle.json` alone.
 
@@ -229,6 +284,8 @@ def read_info(folder: Path) -> BundleInfo:
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _LARGEST_MANIFEST):
+            raise BundleError(f"{path}: is no ordinary small file: do not use this bundle")
         value = json.loads(path.read_bytes())
         major, minor = (int(part) for part in value["format"].split("."))
         own_major, own_minor = (int(part) for part in FORMAT.split("."))
@@ -245,13 +302,13 @@ def read_info(folder: Path) -> BundleInfo:
         ) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+    except _ODD as error:
         raise BundleError(
             f"{path}: not a bundle description ({type(error).__name__}: {error}): "
             "export the bundle again"
         ) from error
     for name in info.files:
-        if not name or Path(name).name != name or name.startswith("."):
+        if Path(name).name != name or name.startswith(".") or not name.isprintable():
             raise BundleError(f"{path}: {name!r} is not a plain file name: do not use this bundle")
     return info
 
@@ -269,7 +326,7 @@ def open_bundle(folder: Path) -> Bundle:
     for name, expected in info.files.items():
         path = folder / name
         try:
-            if path.is_symlink() or path.stat().st_size != expected.size:
+            if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size != expected.size:
                 raise BundleError(
                     f"{path}: its size is not what {MANIFEST} says ({expected.size:,} bytes): "
                     f"{mend}"
@@ -283,6 +340,31 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, info)
 
 
+@contextmanager
+def odd_files(folder: Path) -> Iterator[None]:
+    """What libraries say of files that are not what they should be, as an error of ours.
+
+    Digests tell that the files are those that were written, by whomever; and each library has
+    errors of its own, or plain ones.
+
+    Raises:
+        BundleError: in place of every other exception.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if isinstance(error, MissingExtraError):
+            raise
+        raise BundleError(f"{folder}: {error}; or upgrade ercbatch") from error
+    except ErcbatchError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BundleError(
+            f"{folder}: a file in it is not what it should be ({reason}): export the bundle again"
+        ) from error
+
+
 def write_bundle(
     folder: Path, fill: Callable[[Path], BundleInfo], *, force: bool = False
 ) -> BundleInfo:
@@ -294,65 +376,16 @@ def write_bundle(
         UsageError: `folder` exists, and `force` is not given.
         OutputError: it cannot be written.
     """
-    with whole_folder(folder, force=force) as part:
+    with whole_folder(folder, MANIFEST, force=force) as part:
         info = fill(part)
         files = {
             path.name: FileDigest(path.stat().st_size, _sha256(path))
             for path in sorted(part.iterdir())
         }
         info = dataclasses.replace(info, files=files)
-        text = json.dumps(info.to_json(), indent=2)
+        text = json.dumps(info.to_json(), indent=2, allow_nan=False)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return info
-
-
-def refuse_existing(folder: Path, *, force: bool) -> None:
-    """See that a folder may be written.
-
-    Raises:
-        UsageError: it exists, is not empty, and `force` is not given; or what exists is no folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: choose another place")
-    if folder.exists() and not force and any(folder.iterdir()):
-        raise UsageError(f"{folder} exists: choose another folder, or give --force")
-
-
-@contextmanager
-def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder to write files into, which appears as `folder` when all is written, or not at all.
-
-    Raises:
-        UsageError: `folder` exists, and `force` is not given.
-        OutputError: it cannot be written.
-    """
-    refuse_existing(folder, force=force)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
-    try:
-        yield part
-        for path in part.iterdir():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        part.chmod(0o755)
-        replaced = part.with_name(part.name + ".replaced")
-        if folder.exists():
-            folder.rename(replaced)
-        part.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OutputError(
-            f"{folder}: cannot be written: {error}: nothing was left of it; make room, or choose "
-            "another place"
-        ) from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from ercbatch.errors import ErcbatchError
+from ercbatch.errors import ErcbatchError, MissingExtraError, OutputError
 
 FINISHED_WITH_REJECTS = 3
 CLOSED_PIPE = 141
@@ -44,10 +45,16 @@ def errors() -> Iterator[None]:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CLOSED_PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        # A working file, in no output's care.
+        full = OutputError(f"{error}: make room, there or by TMPDIR elsewhere, and try again")
+        raise Failure(full) from error
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
 
     def stop(number: int, frame: object) -> NoReturn:
@@ -142,7 +149,7 @@ def label(
     """Label JSONL dialogues: files, folders, globs, or - for stdin; .gz and .zst too."""
     if not quiet:
         click.echo(f"ercbatch: loading bundle {bundle}", err=True)
-    with errors(), _stoppable():
+    with errors(), stoppable():
         from ercbatch.labeler import Labeler
         from ercbatch.records import expand_inputs
         from ercbatch.run import RunOptions, dry_run_label, run_label
@@ -272,13 +279,19 @@ def bundle_show(name: str, as_json: bool) -> None:
 @bundle.command("verify")
 @click.argument("name", metavar="DIR")
 def bundle_verify(name: str) -> None:
-    """Check every file of a bundle against its digest."""
+    """Check every file of a bundle against its digest, and label a word with it."""
     with errors():
         from ercbatch.bundle import find_bundle, open_bundle
+        from ercbatch.labeler import labels_a_word
 
         opened = open_bundle(find_bundle(name))
         count, size = len(opened.info.files), opened.size() / 1e6
-        click.echo(f"{opened.folder}: whole: {count} files, {size:.1f} MB")
+        try:
+            labels_a_word(opened)
+            tried = "it labels"
+        except MissingExtraError as error:
+            tried = f"not tried: {error}"
+        click.echo(f"{opened.folder}: whole: {count} files, {size:.1f} MB; {tried}")
 
 
 @main.group()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ercbatch.onnx_scorer import open_session
+from ercbatch.onnx_scorer import open_session, run_session
 
 MOST_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""
@@ -26,6 +26,7 @@ class SentenceEncoder:
     def __init__(
         self, model: Path, tokenizer: Path, *, threads: int = 1, max_tokens: int = MOST_TOKENS
     ) -> None:
+        self._path = model
         self._session = open_session(model, threads)
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
@@ -58,5 +59,7 @@ class SentenceEncoder:
     def _run(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         tokens = np.array(ids, dtype=np.int64)
         inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-        vectors: npt.NDArray[np.float32] = self._session.run(["embeddings"], inputs)[0]
+        vectors: npt.NDArray[np.float32] = run_session(
+            self._path, self._session, ["embeddings"], inputs
+        )[0]
         return vectors

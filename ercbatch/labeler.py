@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ercbatch import bundle as files
 from ercbatch.bank import DemonstrationBank
-from ercbatch.bundle import Bundle, find_bundle, open_bundle
+from ercbatch.bundle import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
@@ -61,8 +61,10 @@ class Labeler:
             raise UsageError(f"context is {context!r}: choose past or both")
         if not 0.0 <= min_confidence <= 1.0:
             raise UsageError("the least confidence must be between 0 and 1")
-        if demonstrations is not None and not 0 <= demonstrations <= 8:
-            raise UsageError("the number of demonstrations must be between 0 and 8")
+        if demonstrations is not None and not 0 <= demonstrations <= files.MOST_DEMONSTRATIONS:
+            raise UsageError(
+                f"the number of demonstrations must be between 0 and {files.MOST_DEMONSTRATIONS}"
+            )
         if threads is not None and threads < 1:
             raise UsageError("the number of threads must be at least 1")
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(find_bundle(bundle))
@@ -80,18 +82,29 @@ class Labeler:
         self._context = context
         threads = threads or available_threads()
         count = info.demonstrations if demonstrations is None else demonstrations
-        window = replace(info.window, future=info.later_turns if context == "both" else 0)
-        self.engine = Engine(
-            scorer=open_scorer(opened, threads),
-            renderer=Renderer(
-                SegmentTokenizer.from_file(opened.path(files.TOKENIZER), info.controls),
-                template(info.template, info.template_version),
-                window,
-                self.labels.labels,
-            ),
+        with odd_files(opened.folder):
+            self.engine = self._engine(count, threads)
+
+    def _engine(self, count: int, threads: int) -> Engine:
+        bundle, info = self.bundle, self.bundle.info
+        renderer = Renderer(
+            SegmentTokenizer.from_file(bundle.path(files.TOKENIZER), info.controls),
+            template(info.template, info.template_version),
+            replace(info.window, future=info.later_turns if self._context == "both" else 0),
+            self.labels.labels,
+        )
+        scorer = open_scorer(bundle, threads)
+        if not set(renderer.trie.tokens) <= set(scorer.head.tokens.tolist()):
+            raise BundleError(
+                f"{bundle.folder}: {files.HEAD} has no rows for the labels of {self.labels.name}: "
+                "export the bundle again"
+            )
+        return Engine(
+            scorer=scorer,
+            renderer=renderer,
             temperature=info.temperatures.get(self.labels.name, 1.0),
             pack_tokens=info.pack_tokens,
-            retriever=open_retriever(opened, threads).restricted(self.labels) if count else None,
+            retriever=open_retriever(bundle, threads).restricted(self.labels) if count else None,
             demonstrations=count,
         )
 
@@ -140,6 +153,10 @@ class Labeler:
     def _answer(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
         if probabilities is None:
             return UtteranceLabel(None, None)
+        if not np.isfinite(probabilities).all():
+            raise BundleError(
+                f"{self.bundle.folder}: its model answers with what is no number: do not use it"
+            )
         best = int(probabilities.argmax())
         confidence = round(float(probabilities[best]), 6)
         scores = None
@@ -148,6 +165,17 @@ class Labeler:
             scores = dict(zip(self.labels.labels, rounded, strict=True))
         emotion = self.labels.labels[best] if confidence >= self._min_confidence else None
         return UtteranceLabel(emotion, confidence, scores)
+
+
+def labels_a_word(bundle: Bundle) -> None:
+    """See that a bundle labels, with a demonstration if it has any.
+
+    Raises:
+        BundleError: it doesn't.
+        MissingExtraError: what runs it is not installed.
+    """
+    labeler = Labeler(bundle, demonstrations=int(files.ENCODER in bundle.info.files))
+    next(labeler.label([{"utterances": [{"text": "Yes."}]}]))
 
 
 def open_retriever(bundle: Bundle, threads: int) -> Retriever:
@@ -161,8 +189,14 @@ def open_retriever(bundle: Bundle, threads: int) -> Retriever:
             f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
             "with --encoder and --examples"
         )
-    encoder = SentenceEncoder(
-        bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
-    )
-    digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
-    return Retriever(encoder, DemonstrationBank.load(bundle.folder, digests))
+    with odd_files(bundle.folder):
+        encoder = SentenceEncoder(
+            bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
+        )
+        digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
+        bank = DemonstrationBank.load(bundle.folder, digests)
+        if bank.vectors.shape[1] != encoder.dim:
+            raise BundleError(
+                f"{bundle.folder}: its demonstrations are not of its encoder: build the bank again"
+            )
+        return Retriever(encoder, bank)

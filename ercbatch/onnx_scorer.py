@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,27 @@ def open_session(
         ) from error
 
 
+def run_session(
+    path: Path,
+    session: onnxruntime.InferenceSession,
+    outputs: Sequence[str] | None,
+    inputs: Mapping[str, npt.NDArray[np.generic]],
+) -> Any:
+    """The outputs of the graph in a file, all of them for None.
+
+    Raises:
+        BundleError: the graph does not take the inputs, or fails on them.
+    """
+    try:
+        return session.run(outputs, dict(inputs))
+    except Exception as error:  # see `open_session`
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{path}: fails in ONNX Runtime {onnxruntime.__version__} ({reason}): export the "
+            "bundle again"
+        ) from error
+
+
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """The settings of every session here, on `threads` processor threads."""
     options = onnxruntime.SessionOptions()
@@ -79,7 +101,7 @@ def check_full_range(path: Path) -> None:
         BundleError: it doesn't.
     """
     session = open_session(path, 1)
-    (found,) = session.run(None, {"x": np.full(PROBE_SHAPE, 255, np.uint8)})
+    found = run_session(path, session, None, {"x": np.full(PROBE_SHAPE, 255, np.uint8)})[0]
     if not (found == 255 * 127 * PROBE_SHAPE[1]).all():
         raise BundleError(
             f"{path.parent}: its int8 weights use the full range, and this processor's integer "
@@ -96,6 +118,7 @@ class OnnxScorer(StateScorer):
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
     ) -> None:
         self.head = head
+        self._path = path
         self._session = open_session(path, threads, listed)
         self._threads = threads
 
@@ -105,7 +128,7 @@ class OnnxScorer(StateScorer):
 
     def states(self, pack: Pack) -> FloatArray:
         """See `StateScorer.states`."""
-        states: FloatArray = self._session.run(None, feed(pack))[0]
+        states: FloatArray = run_session(self._path, self._session, None, feed(pack))[0]
         return states
 
 

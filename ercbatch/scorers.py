@@ -59,6 +59,8 @@ def open_model(
     if files.PROBE in listed:
         check_full_range(folder / files.PROBE)
     if RUNTIMES[form] == "onnx":
+        if files.MODEL not in listed:
+            raise BundleError(f"{folder}: lacks {files.MODEL}: export it again")
         kind = StandardScorer if form == "optimum" else OnnxScorer
         return kind(folder / files.MODEL, head, threads, listed)
     try:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.answers import AnswerHead, AnswerTrie, FloatArray
+from ercbatch.errors import BundleError
 from ercbatch.packs import Pack
 
 
@@ -54,7 +55,13 @@ class StateScorer(Scorer):
 
     def logits(self, pack: Pack) -> FloatArray:
         """See `Scorer.logits`."""
-        return self.head.logits(self.states(pack))
+        states = self.states(pack)
+        if states.shape != (len(pack.reads), self.head.weight.shape[1]):
+            raise BundleError(
+                f"the model gives states {states.shape} for {len(pack.reads)} answers, each of "
+                f"{self.head.weight.shape[1]} numbers: export the bundle again"
+            )
+        return self.head.logits(states)
 
 
 def calibrated(

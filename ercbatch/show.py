@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ercbatch.bundle import BundleInfo
+from ercbatch.transcript import printable
 
 FIGURES: Mapping[str, tuple[str, str]] = {
     "utterances": ("utterances with a gold label", "{:,}"),
@@ -53,7 +54,7 @@ def describe(folder: Path, info: BundleInfo) -> str:
         *(("measured", f"{name}: {_measured(found)}") for name, found in info.quality.items()),
         *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
     ]
-    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)
+    return "\n".join(f"{name + ':':16}{printable(value)}" for name, value in rows)
 
 
 def _trust(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import onnxruntime
 
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
-from ercbatch.onnx_scorer import open_session
+from ercbatch.onnx_scorer import open_session, run_session
 from ercbatch.packs import Pack
 from ercbatch.scoring import Scorer
 from ercbatch.tree import IntArray
@@ -46,6 +46,7 @@ class StandardScorer(Scorer):
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
     ) -> None:
         self.head = head
+        self._path = path
         self._session = open_session(path, threads, listed)
         self._threads = threads
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
@@ -75,7 +76,7 @@ class StandardScorer(Scorer):
             for row, prompt in zip(tokens, (prompts[i] for i in batch), strict=True):
                 row[: len(prompt)] = prompt
             last = [len(prompts[i]) - 1 for i in batch]
-            every = self._session.run(["logits"], self._feed(tokens))[0]
+            every = run_session(self._path, self._session, ["logits"], self._feed(tokens))[0]
             rows[batch] = every[np.arange(len(batch)), last][:, self.head.tokens]
         return rows
 

@@ -94,7 +94,7 @@ class SegmentTokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
-        self._tokenizer.save(str(path))
+        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -40,13 +40,20 @@ def check_config(source: str) -> Mapping[str, Any]:
     return checked
 
 
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST_LAYERS = 10_000
+
+
 def refuse_code(place: str, config: Mapping[str, Any]) -> None:
-    """See that a model's configuration, which stands in `place`, asks for no code.
+    """See that a model's configuration, which stands in `place`, asks for no code, nor for more
+    layers than any model has: to make them takes for ever.
 
     Raises:
         UsageError: it does.
     """
     for key, value in config.items():
+        if key in _LAYERS and isinstance(value, int) and value > _MOST_LAYERS:
+            raise UsageError(f"{place} asks for {value} layers: refused")
         # `auto_map` names code to import, `attn_implementation` a kernel to fetch and run
         # (CVE-2026-4372), in the configuration of a part too. Neither has a place in a file of
         # data; a flag names nothing.
@@ -88,14 +95,21 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=False, **settings
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **settings,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source}: cannot be loaded as a causal language model: {error}"
         ) from error
+    if found["missing_keys"]:  # transformers would make them up
+        lacking = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UsageError(f"{source}: its weights lack {lacking}: get it again")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError(f"{source}: has no fast tokenizer (tokenizer.json): convert it first")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ercbatch.bundle import RUNTIMES
-from ercbatch.cli import errors
+from ercbatch.cli import errors, stoppable
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
 
@@ -24,7 +24,7 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     """Export a sentence-transformers model with mean pooling, quantized."""
     from export.encoder import export_encoder
 
-    with errors():
+    with errors(), stoppable():
         export_encoder(source, output, force=force)
 
 
@@ -40,9 +40,7 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     help="SOURCE is a base, not a run: bundle it untrained, measured on these labelled dialogues.",
 )
 @click.option("--labels", help="With --zero-shot: the label set.")
-@click.option(
-    "--template", default="paper", show_default=True, help="With --zero-shot: the prompts' wording."
-)
+@click.option("--template", help="With --zero-shot: the prompts' wording.  [default: paper]")
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option(
     "--quantize",
@@ -124,7 +122,7 @@ def bundle(
     output: Path,
     data: Path | None,
     labels: str | None,
-    template: str,
+    template: str | None,
     name: str,
     form: str,
     target: str,
@@ -155,6 +153,12 @@ def bundle(
         raise click.UsageError("--demos needs --encoder and --examples")
     if data is not None and labels is None:
         raise click.UsageError("--zero-shot needs --labels: name the label set of the dialogues")
+    if data is None and (labels is not None or template is not None):
+        raise click.UsageError("--labels and --template go with --zero-shot: a run has its own")
+    if data is not None and full_precision_base:
+        raise click.UsageError("--full-precision-base is for runs: a base is as it is")
+    if not name.strip() or not licence.strip():
+        raise click.UsageError("--name and --licence must say something")
     if target != SAFE_TARGET and form != "int8":
         raise click.UsageError(f"--target is for int8: {form} is the same on every processor")
     options = BundleOptions(
@@ -171,8 +175,8 @@ def bundle(
         limits=Limits(max_loss / 100, min_agreement / 100),
         accept_loss=accept_loss,
     )
-    with errors():
-        load = run_loader(source, data, labels, template, original=full_precision_base)
+    with errors(), stoppable():
+        load = run_loader(source, data, labels, template or "paper", original=full_precision_base)
         info = export_bundle(load, output, options, force=force, say=_say)
     click.echo(summary(info, output))
 
@@ -197,7 +201,6 @@ def calibrate(
     from ercbatch.bundle import find_bundle, open_bundle
     from export.bundle import summary
     from export.recalibrate import recalibrate
-    from train.recipe import Source
 
     sources = []
     for text in given:
@@ -206,11 +209,11 @@ def calibrate(
             raise click.UsageError(f"--valid {text}: give it as SET=FILE, such as meld=dev.jsonl")
         if not Path(path).is_file():
             raise click.UsageError(f"--valid {text}: there is no file {path}")
-        sources.append(Source(path, labels))
-    with errors():
+        sources.append((labels, Path(path)))
+    with errors(), stoppable():
         opened = open_bundle(find_bundle(bundle_name))
         info = recalibrate(opened, sources, output, name=name, force=force)
-    click.echo(summary(info, output, {source.label_set().name for source in sources}))
+    click.echo(summary(info, output, {labels for labels, _ in sources}))
 
 
 @main.command()
@@ -225,7 +228,7 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     from ercbatch.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
-    with errors():
+    with errors(), stoppable():
         write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
 

@@ -6,46 +6,36 @@ import ctypes
 import gc
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
 from ercbatch.bank import build_bank, read_examples
-from ercbatch.bundle import (
-    BundleInfo,
-    encoder_files,
-    refuse_existing,
-    whole_folder,
-    write_bundle,
-)
+from ercbatch.bundle import BundleInfo, encoder_files, odd_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import LossError
+from ercbatch.errors import LossError, UsageError
+from ercbatch.folders import check_output, whole_folder
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
+from ercbatch.prompts import template
 from ercbatch.scorers import open_model
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from export.card import write_card
-from export.forms import (
-    describe_form,
-    need_libraries,
-    sample_size,
-    save_merged,
-    write_form,
-)
+from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.measure import Measured, Questions, Say, measure, with_demonstrations
 from export.model import fitting_dtype, traced_attention
 from export.proof import UNMEASURED, Limits, calibrate_sets, compare, losses, temperatures
 from export.targets import SAFE_TARGET
 from train.recipe import Source
-from train.run import TrainedRun, load_run, run_checkpoint, untrained_run
+from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
 
 _OTHER_FORM = (
     ": choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"
@@ -55,12 +45,18 @@ _NO_DATA = (
 )
 
 
-class Loader(Protocol):
-    """Loads what is exported."""
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads what is exported, and knows what is `read` for it."""
+
+    load: Callable[[bool, str | None], TrainedRun]
+    attention: str
+    read: tuple[Path, ...]
 
     def __call__(self, *, merged: bool) -> TrainedRun:
         """`merged`, with attention in the form that is traced; or as it was trained."""
-        ...
+        run: TrainedRun = self.load(merged, self.attention if merged else None)
+        return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +89,25 @@ def run_loader(
     """
     if data is None:
         folder = Path(source)
-        checkpoint = run_checkpoint(folder)
+        checkpoint, *others = run_files(folder)
 
-        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+        def load(merged: bool, attention: str | None) -> TrainedRun:
             return load_run(
                 folder, merged=merged, original=original, attention=attention, dtype=dtype
             )
 
     else:
-        checkpoint = source
+        template(wording)  # see that there is such a one
+        checkpoint, others = source, [str(data)]
         given = Source(str(data), labels or "")
 
-        def load(*, merged: bool, attention: str | None) -> TrainedRun:
+        def load(merged: bool, attention: str | None) -> TrainedRun:
             return untrained_run(source, given, wording, attention=attention, dtype=dtype)
 
-    dtype = fitting_dtype(checkpoint)
-    exported = traced_attention(checkpoint)
-
-    def loader(*, merged: bool) -> TrainedRun:
-        return load(merged=merged, attention=exported if merged else None)
-
-    return loader
+    with unreadable(source):
+        dtype = fitting_dtype(checkpoint)
+        attention = traced_attention(checkpoint)
+    return Loader(load, attention, tuple(map(Path, (source, checkpoint, *others))))
 
 
 def export_bundle(
@@ -135,11 +129,18 @@ def export_bundle(
         LossError: the bundle would fall short of the model by more than the limits.
         OutputError: it cannot be written.
     """
-    for path in (folder, options.also_checkpoint):
-        if path is not None:
-            refuse_existing(path, force=force)
     need_libraries(options.form)
+    checkpoint = options.also_checkpoint
+    read = [p for p in (*load.read, options.encoder, options.examples) if p is not None]
+    check_output(folder, files.MANIFEST, force=force, inputs=read)
+    if checkpoint is not None:
+        check_output(checkpoint, files.CONFIG, force=force, inputs=read)
+        if _one_in_the_other(folder.resolve(), checkpoint.resolve()):
+            raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
     encoder = None if options.encoder is None else encoder_files(options.encoder)
+    if encoder is not None:
+        with odd_files(encoder[0].parent):
+            SentenceEncoder(*encoder)
     say("loading the model as it was trained")
     run = load(merged=False)
     questions = Questions(run)
@@ -170,10 +171,14 @@ def export_bundle(
         return info
 
     with ExitStack() as stack:
-        checkpoint = options.also_checkpoint
+        whole = None
         if checkpoint is not None:
-            checkpoint = stack.enter_context(whole_folder(checkpoint, force=force))
-        return write_bundle(folder, lambda part: fill(part, checkpoint), force=force)
+            whole = stack.enter_context(whole_folder(checkpoint, files.CONFIG, force=force))
+        return write_bundle(folder, lambda part: fill(part, whole), force=force)
+
+
+def _one_in_the_other(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def _give_back() -> None:

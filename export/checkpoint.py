@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
-from ercbatch.bundle import Bundle, refuse_existing, whole_folder
+from ercbatch.bundle import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
+from ercbatch.folders import check_output, whole_folder
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.packs import join
@@ -51,7 +52,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         UsageError: its architecture asks to run code, or `folder` exists.
         OutputError: it cannot be written.
     """
-    refuse_existing(folder, force=force)
+    check_output(folder, files.CONFIG, force=force, inputs=[bundle.folder])
     config = dict(bundle.info.architecture)
     if not config:
         raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
@@ -75,7 +76,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
-    with whole_folder(folder, force=force) as part:
+    with whole_folder(folder, files.CONFIG, force=force) as part:
         with packed.whole() as whole:
             whole.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from ercbatch import bundle
-from ercbatch.errors import UsageError
+from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config
+from export.graph import Graph
 from export.quantize import quantize_lookups, quantize_products
 from export.statistics import module_inputs
 from export.trace import trace
@@ -65,18 +67,38 @@ def export_encoder(
         UsageError: not such a model, or `folder` exists and `force` is not given.
         OutputError: it cannot be written.
     """
-    inner = transformer_folder(Path(source))
-    check_config(str(inner))
+    check_output(folder, bundle.ENCODER, force=force, inputs=[source])
     try:
-        tokenizer = Tokenizer.from_file(str(inner / "tokenizer.json"))
-        model = AutoModel.from_pretrained(
-            inner, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-        ).eval()
-    except Exception as error:  # tokenizers raises plain Exceptions
+        graph, tokenizer = _traced(Path(source), quantize)
+    except ErcbatchError:
+        raise
+    except Exception as error:  # tokenizers, transformers and torch each raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(
-            f"{inner}: cannot be loaded ({error}): it needs config.json, model.safetensors and "
-            "tokenizer.json of a sentence-transformers model"
+            f"{source}: cannot be exported ({reason:.300}): it needs config.json, "
+            "model.safetensors and tokenizer.json of a sentence-transformers model"
         ) from error
+    with whole_folder(folder, bundle.ENCODER, force=force) as part:
+        graph.save(part / bundle.ENCODER)
+        text = tokenizer.to_str(pretty=False)
+        (part / bundle.ENCODER_TOKENIZER).write_text(text, encoding="utf-8")
+
+
+def _traced(source: Path, quantize: bool) -> tuple[Graph, Tokenizer]:
+    inner = transformer_folder(source)
+    check_config(str(inner))
+    tokenizer = Tokenizer.from_file(str(inner / "tokenizer.json"))
+    model, found = AutoModel.from_pretrained(
+        inner,
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
+    if missing:
+        raise UsageError(f"{inner}: its weights lack {', '.join(missing[:3])}: get it again")
+    model.eval()
     if hasattr(model, "pooler"):
         model.pooler = None
     pooled = PooledEncoder(model)
@@ -93,9 +115,7 @@ def export_encoder(
     if quantize:
         quantize_products(graph, sampler=module_inputs(pooled, lambda: _run(pooled, tokenizer)))
         quantize_lookups(graph)
-    with bundle.whole_folder(folder, force=force) as part:
-        graph.save(part / bundle.ENCODER)
-        tokenizer.save(str(part / bundle.ENCODER_TOKENIZER), pretty=False)
+    return graph, tokenizer
 
 
 def transformer_folder(source: Path) -> Path:
@@ -109,6 +129,8 @@ def transformer_folder(source: Path) -> Path:
     inner = source
     for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
         kind, path = module["type"].rpartition(".")[2], source / module["path"]
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise UsageError(f"{source}: modules.json names {module['path']}, outside it: refused")
         if kind == "Transformer":
             inner = path
         elif kind == "Pooling":

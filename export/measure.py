@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ercbatch.errors import UsageError
+import numpy as np
+
+from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.packs import Pack, join
 from ercbatch.pipeline import Engine, Retriever
@@ -95,8 +97,14 @@ def measure(questions: Questions, scorer: Scorer, say: Say) -> Measured:
         say(f"answering {name}: {len(dataset.scenes):,} dialogues")
         predict(questions.engine(scorer, dataset), replace(dataset, scenes=dataset.scenes[:_WARM]))
         began = time.perf_counter()
-        measured.predictions[name] = predict(questions.engine(scorer, dataset), dataset)
+        found = predict(questions.engine(scorer, dataset), dataset)
         measured.seconds[name] = time.perf_counter() - began
+        if not np.isfinite(found.probabilities).all():
+            raise LossError(
+                f"{name}: the answers of {scorer.describe()} are no numbers: its weights are too "
+                "large for this form, or broken: choose another --quantize, or train again"
+            )
+        measured.predictions[name] = found
     return measured
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ercbatch import bundle as files
 from ercbatch.bundle import Bundle, BundleInfo, write_bundle
+from ercbatch.folders import check_output
 from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
 from export.card import write_card
@@ -22,25 +23,28 @@ from train.validate import Predictions, predict
 
 def recalibrate(
     bundle: Bundle,
-    sources: Sequence[Source],
+    given: Sequence[tuple[str, Path]],
     folder: Path,
     *,
     name: str | None = None,
     force: bool = False,
 ) -> BundleInfo:
-    """Write the bundle with temperatures, figures and card from these labelled dialogues.
+    """Write the bundle with temperatures, figures and card from labelled dialogues.
 
-    Label sets without dialogues here keep what they have, and by default the bundle its `name`.
+    `given` are names of its label sets, and files of dialogues that have these labels. The other
+    label sets keep what they have, and by default the bundle its `name`.
 
     Raises:
         InputError: the dialogues have no labels, or labels outside the set.
         UsageError: the bundle has no such label set, or `folder` exists.
         OutputError: it cannot be written.
     """
-    files.refuse_existing(folder, force=force)
-    for source in sources:
-        bundle.info.label_set(source.label_set().name)
-    datasets = [read_dataset(source) for source in sources]
+    read = [bundle.folder, *(path for _, path in given)]
+    check_output(folder, files.MANIFEST, force=force, inputs=read)
+    datasets = [
+        read_dataset(Source(str(path), labels), bundle.info.label_set(labels))
+        for labels, path in given
+    ]
     quality: dict[str, Any] = {}
     said: list[tuple[str, Predictions]] = []
     for title, dataset in zip(measured_names(datasets), datasets, strict=True):

@@ -246,7 +246,9 @@ def test_texts_without_their_vectors_are_refused(tmp_path: Path) -> None:
     lines = (tmp_path / TEXTS).read_bytes().splitlines(keepends=True)
     (tmp_path / TEXTS).write_bytes(b"".join(lines[:-1]))
     with pytest.raises(BundleError, match="do not fit together"):
-        DemonstrationBank.load(tmp_path, {})
+        DemonstrationBank.load(tmp_path, digests(tmp_path))
+    with pytest.raises(BundleError, match="it has no demonstrations"):
+        DemonstrationBank.load(tmp_path, {TEXTS: digests(tmp_path)[TEXTS]})
 
 
 def test_another_label_set_renames_and_leaves_out() -> None:

@@ -121,7 +121,7 @@ def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
     if words is None:
         assert "warning" not in done.stderr
     else:
-        assert "worse on its meld, validation split (weighted F1 30.0%, 50.0% wi" in done.stderr
+        assert "worse on its meld, labelled_chat (weighted F1 30.0%, 50.0% wi" in done.stderr
 
 
 def test_an_export_of_no_run_says_what_to_run(encoder_folder: Path, tmp_path: Path) -> None:

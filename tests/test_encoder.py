@@ -232,12 +232,12 @@ def test_another_kind_of_encoder_is_refused(
     """Both forms of the pooling config that sentence-transformers has written."""
     describe(tmp_path, modules, pooling)
     with pytest.raises(UsageError, match=message + ".*choose another sentence encoder"):
-        export_encoder(tmp_path, tmp_path)
+        export_encoder(tmp_path, tmp_path / "out")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"it needs config\.json"):
-        export_encoder(tmp_path, tmp_path)
+        export_encoder(tmp_path, tmp_path / "out")
 
 
 def test_encoding_needs_no_torch(folder: Path) -> None:

@@ -60,13 +60,17 @@ class Dataset:
         return replace(self, scenes=self.scenes[:count])
 
 
-def read_dataset(source: Source, *, labelled: bool = True) -> Dataset:
+def read_dataset(
+    source: Source, labels: LabelSet | None = None, *, labelled: bool = True
+) -> Dataset:
     """Read a dataset; one without any label too, unless it should be `labelled`.
+
+    `labels` stand in place of the label set that `source` names.
 
     Raises:
         InputError: a bad line, a label outside the set, missing scores, no label, no dialogue.
     """
-    labels, learnt = source.label_set(), source.learnt()
+    labels, learnt = labels or source.label_set(), source.learnt()
     written = labels if learnt is None else find_label_set(source.written)
     scenes = [
         _scene(dialogue, labels, (written, learnt), source, f"{source.path}, line {line}")

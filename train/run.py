@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from ercbatch import bundle as files
 from ercbatch.bundle import encoder_files
-from ercbatch.errors import UsageError
+from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Window
@@ -65,6 +67,13 @@ def load_run(
     Raises:
         UsageError: not a run folder, one that diverged at once, or its base is missing or another.
     """
+    with unreadable(folder):
+        return _load(folder, merged, original, attention, dtype)
+
+
+def _load(
+    folder: Path, merged: bool, original: bool, attention: str | None, dtype: Any
+) -> TrainedRun:
     recipe, described = _described(folder)
     controls = ControlTokens.from_json(described["controls"])
     data, others = described["data"], described.get("files", {})
@@ -95,13 +104,33 @@ def load_run(
     return TrainedRun(recipe, checkpoint, data, others, PackedModel(model.eval()), tokenizer)
 
 
-def run_checkpoint(folder: Path) -> str:
-    """The checkpoint that a run's model is loaded from, before its adapter.
+def run_files(folder: Path) -> list[str]:
+    """What a run's model is loaded from, before its adapter; then its files of dialogues.
 
     Raises:
         UsageError: not a run folder, or one that diverged at once.
     """
-    return _checkpoint(folder, _described(folder)[0])
+    recipe, described = _described(folder)
+    return [_checkpoint(folder, recipe), *described["data"]]
+
+
+@contextmanager
+def unreadable(source: str | Path) -> Iterator[None]:
+    """What libraries say of a model's files that are not what they should be, as an error of ours.
+
+    Raises:
+        UsageError: in place of every exception that is not ours.
+    """
+    try:
+        yield
+    except ErcbatchError:
+        raise
+    except Exception as error:  # torch, transformers, peft and safetensors each raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"{source}: a file of its model is not what it should be ({reason:.300}): train again, "
+            "or get it again"
+        ) from error
 
 
 def _checkpoint(folder: Path, recipe: Recipe) -> str:
@@ -115,12 +144,13 @@ def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
         recipe = recipe_from(path, described["recipe"])
         ControlTokens.from_json(described["controls"])
         described["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kept = described.get("kept", 1)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`, "
             "or take a model that was not trained with `export bundle --zero-shot`"
         ) from error
-    if described.get("diverged") and not described["kept"]:
+    if described.get("diverged") and not kept:
         raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
     return recipe, described
 
@@ -141,6 +171,9 @@ def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> Non
 
 
 def _adapted(model: Any, adapter: Path) -> PeftModel:
+    if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+        # peft would take a pickle in its place.
+        raise UsageError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}: train again")
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:

@@ -1,0 +1,187 @@
+"""Bundles that anybody may have written, with digests that fit: refused, or harmless."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import EXAMPLES, cli
+from safetensors.numpy import load_file, save_file
+
+from ercbatch import bundle as files
+from ercbatch.bundle import find_bundle, open_bundle, read_info
+from ercbatch.errors import BundleError
+from ercbatch.labeler import labels_a_word
+
+CHAT = EXAMPLES / "group_chat.jsonl"
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def copy(bundle_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "theirs"
+    shutil.copytree(bundle_folder, folder)
+    return folder
+
+
+def described(folder: Path, change: Callable[[Json], object]) -> None:
+    path = folder / files.MANIFEST
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def sign(folder: Path) -> None:
+    """Make the digests fit."""
+
+    def change(value: Json) -> None:
+        for name, digest in value["files"].items():
+            data = (folder / name).read_bytes()
+            digest |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    described(folder, change)
+
+
+def put(*path: str, value: Any) -> Callable[[Json], None]:
+    def change(whole: Json) -> None:
+        for key in path[:-1]:
+            whole = whole[key]
+        whole[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((("temperatures",), v) for v in ([], {"meld": "x"}, {"meld": -1.0}, {"meld": 0})),
+        (("temperatures",), {"meld": float("nan")}),
+        *((("pack_tokens",), v) for v in ("x", -5, 0, float("nan"), True, 1e9)),
+        *((("demonstrations",), v) for v in ("x", 2.5, -3, 10**6)),
+        *((("window", k), v) for k, v in (("turns", 1.5), ("stride", 0), ("future", 3.5))),
+        (("window", "max_tokens"), float("nan")),
+        (("window", "other"), 1),
+        *((("controls", "start"), v) for v in (["x"], [2**70], [[1]], [10**6], 3)),
+        *((("template",), v) for v in (["x"], "nosuch")),
+        *((("name",), v) for v in (3, "\ud800", None)),
+        *((("quality",), v) for v in ([], None, {"meld": 3}, {"meld": {"f1": "high"}})),
+        *((("calibration",), v) for v in ([], {"meld": {}}, {"meld": []})),
+        (("data",), "abc"),
+        (("label_sets",), []),
+        (("form",), "int3"),
+        *((("files",), v) for v in ({}, [], {"../x": {"size": 1, "sha256": ""}})),
+        *((("files", files.MODEL, "size"), v) for v in (1e999, "1", -1)),
+        *((("files",), {name: {"size": 1, "sha256": ""}}) for name in ("a\0b", "a\udcff", "", ".")),
+    ],
+)
+def test_an_odd_description_is_refused(copy: Path, path: tuple[str, ...], value: Any) -> None:
+    described(copy, put(*path, value=value))
+    with pytest.raises(BundleError, match=str(copy)):
+        labels_a_word(open_bundle(copy))
+
+
+def test_a_description_that_is_no_small_file_is_refused(copy: Path) -> None:
+    manifest = copy / files.MANIFEST
+    manifest.write_text("[" * 200_000)
+    with pytest.raises(BundleError, match="not a bundle description"):
+        read_info(copy)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(BundleError, match="no ordinary small file"):
+        read_info(copy)
+    manifest.unlink()
+    manifest.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match="no ordinary small file"):
+        read_info(copy)
+
+
+@pytest.mark.parametrize(
+    "name", [files.MODEL, files.HEAD, files.TOKENIZER, files.ENCODER, "demonstrations.jsonl"]
+)
+def test_what_is_not_listed_is_not_opened(copy: Path, name: str) -> None:
+    described(copy, lambda value: value["files"].pop(name))
+    (copy / name).write_bytes(b"altered")
+    labelled = cli("label", CHAT, "--bundle", copy, "--demos", "1")
+    assert labelled.returncode == 4, labelled.stderr
+    assert "Traceback" not in labelled.stderr
+    assert labelled.stdout == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"garbage", b"\xff" * 5000])
+def test_files_that_are_something_else_are_refused(copy: Path, content: bytes) -> None:
+    for name in read_info(copy).files:
+        if name in (files.CARD, files.CARD_JSON):
+            continue
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(content)
+        sign(copy)
+        with pytest.raises((BundleError, Exception), match=str(copy)) as caught:
+            labels_a_word(open_bundle(copy))
+        assert type(caught.value).__module__ == "ercbatch.errors", name
+        (copy / name).write_bytes(before)
+    sign(copy)
+    labels_a_word(open_bundle(copy))
+
+
+def narrower(head: Json) -> None:
+    head["weight"] = head["weight"][:, :-1].copy()
+
+
+def without_rows(head: Json) -> None:
+    for name in ("tokens", "weight", "bias"):
+        head[name] = head[name][:1].copy()
+
+
+def out_of_order(head: Json) -> None:
+    head["tokens"] = head["tokens"][::-1].copy()
+
+
+def no_numbers(head: Json) -> None:
+    head["weight"] = np.full_like(head["weight"], np.nan)
+
+
+def of_another_shape(head: Json) -> None:
+    head["bias"] = head["bias"][:-1].copy()
+
+
+@pytest.mark.parametrize(
+    "change", [narrower, without_rows, out_of_order, no_numbers, of_another_shape]
+)
+def test_an_answer_head_that_does_not_fit_is_refused(
+    copy: Path, change: Callable[[Json], None]
+) -> None:
+    head = dict(load_file(copy / files.HEAD))
+    change(head)
+    save_file(head, copy / files.HEAD)
+    sign(copy)
+    with pytest.raises(BundleError):
+        labels_a_word(open_bundle(copy))
+    assert cli("bundle", "verify", copy).returncode == 4
+
+
+def test_demonstrations_of_another_encoder_are_refused(copy: Path) -> None:
+    path = copy / "demonstrations.safetensors"
+    vectors = load_file(path)["vectors"]
+    save_file({"vectors": vectors[:, :-1].copy()}, path)
+    sign(copy)
+    with pytest.raises(BundleError, match="not of its encoder"):
+        labels_a_word(open_bundle(copy))
+
+
+def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
+    described(copy, put("licence", value="\x1b[31mred\x07"))
+    shown = cli("bundle", "show", copy)
+    assert shown.returncode == 0
+    assert "\x1b" not in shown.stdout
+    assert "\x07" not in shown.stdout
+
+
+def test_the_bundle_in_the_package_labels() -> None:
+    labels_a_word(open_bundle(find_bundle("mini")))
