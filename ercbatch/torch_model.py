@@ -229,6 +229,8 @@ class PackedModel(nn.Module):
         try:
             last = torch.tensor([len(stem) + 3, len(tree) - 1], device=embedding.device)
             states = self(*batch._replace(reads=last))
+            if not states.isfinite().all():
+                raise UsageError("the answers of the base are no numbers: its weights are broken")
             for branch, state in zip(branches, states, strict=True):
                 alone = torch.tensor([stem + branch], device=embedding.device)
                 self.model(input_ids=alone, use_cache=False)

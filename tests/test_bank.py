@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from ercbatch.bank import (
 )
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, InputError
+from ercbatch.hnsw_file import is_sound
 from ercbatch.labels import LabelSet, label_set
 
 Vectors = npt.NDArray[np.float32]
@@ -212,6 +214,49 @@ def test_only_the_index_that_the_digest_names_is_loaded(
     (tmp_path / "again").mkdir()
     loaded.save(tmp_path / "again")
     assert digests(tmp_path / "again")[INDEX] == rebuilt_digest(large[1], tmp_path)
+
+
+def test_an_index_that_leads_nowhere_is_not_followed(
+    large: tuple[list[Demonstration], Vectors], large_bank: DemonstrationBank, tmp_path: Path
+) -> None:
+    """Whatever is altered in it, its digest fits: a bundle's author writes that too."""
+    large_bank.save(tmp_path)
+    index, (count, dim) = tmp_path / INDEX, large[1].shape
+    whole = index.read_bytes()
+    assert is_sound(index, count, dim, 16)
+    element, random = (len(whole) - 96) // count, np.random.default_rng(3)
+    links = 4 * 33  # of an element's lowest level, with their number
+    places = [
+        *range(0, 96),
+        *(96 + int(i) * element // 4 * 4 for i in random.integers(0, count, 40)),
+        *(96 + int(i) * (links + 4 * dim + 8) + int(random.integers(links)) for i in range(200)),
+        *(len(whole) - int(i) for i in random.integers(1, 4000, 200)),
+    ]
+    sound = []
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= 0xFF
+        index.write_bytes(altered)
+        if is_sound(index, count, dim, 16):
+            sound.append(bytes(altered))
+    assert len(sound) < len(places) // 2  # what is not read, an unused link say, may be anything
+    for data in (whole[:50], whole[:-1], whole + b"x", b""):
+        index.write_bytes(data)
+        assert not is_sound(index, count, dim, 16)
+    for number, data in enumerate(sound):
+        (tmp_path / f"{number}.hnsw").write_bytes(data)
+    np.save(tmp_path / "queries.npy", large[1][:50])
+    done = python(
+        "-c",
+        "import sys, hnswlib, numpy\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        "queries = numpy.load(folder / 'queries.npy')\n"
+        "for path in folder.glob('[0-9]*.hnsw'):\n"
+        "    index = hnswlib.Index('cosine', queries.shape[1])\n"
+        "    index.load_index(str(path))\n"
+        "    assert (index.knn_query(queries, k=5)[0] < index.get_current_count()).all()\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def rebuilt_digest(vectors: Vectors, folder: Path) -> str:

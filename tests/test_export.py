@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import CHAT, EXAMPLES, cli, python, write_model, write_sentence_encoder
+from conftest import CHAT, EXAMPLES, ROOT, cli, python, write_model, write_sentence_encoder
 from onnx import numpy_helper
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from test_graph import pack
 
 from ercbatch import bundle as files
@@ -243,6 +248,11 @@ def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: P
         (("--demos", "2"), "--demos needs --encoder and --examples"),
         (("--quantize", "int4", "--target", "arm64"), "--target is for int8"),
         (("--zero-shot", CHAT), "--zero-shot needs --labels"),
+        (("--template", "paper"), "--labels and --template go with --zero-shot"),
+        (("--licence", " "), "--name and --licence must say something"),
+        (("--also-checkpoint", tmp_path / "bundle"), "is or holds"),
+        (("--also-checkpoint", tmp_path / "bundle" / "checkpoint"), "lies in it"),
+        (("--also-checkpoint", tmp_path), "lies in it"),
     ):
         done = asked(tmp_path / "bundle", *options)
         assert done.exit_code == 2
@@ -254,6 +264,90 @@ def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: P
         assert done.exit_code == 2
         assert "exists: choose another folder, or give --force" in done.output
     assert [path.name for path in taken.iterdir()] == ["mine"]
+    for folder in (trained, trained.parent):
+        done = asked(folder, "--force")
+        assert done.exit_code == 2
+        assert "is read from there: choose another place" in done.output
+    assert (trained / "run.json").is_file()
+
+
+def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path) -> None:
+    def tried(words: str, change: Callable[[Path, dict[str, Any]], object]) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(trained, run)
+        described = json.loads((run / "run.json").read_text())
+        change(run, described)
+        (run / "run.json").write_text(json.dumps(described))
+        asked = ("bundle", run, "-o", tmp_path / "bundle", "--name", "x", "--licence", "MIT")
+        done = CliRunner().invoke(main, list(map(str, asked)))
+        assert done.exit_code == 2, done.output
+        assert words in done.output
+        shutil.rmtree(run)
+        assert not any(tmp_path.iterdir())
+
+    def other_valid(_: Path, described: dict[str, Any]) -> None:
+        described["data"][described["recipe"]["valid"][0]["path"]] = "0" * 64
+
+    def pickled(run: Path, _: dict[str, Any]) -> None:
+        (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter_model.bin")
+
+    def no_settings(run: Path, _: dict[str, Any]) -> None:
+        (run / "adapter" / "adapter_config.json").write_text("{}")
+
+    tried("not what the run was validated on", other_valid)
+    tried("has no adapter_model.safetensors: train again", pickled)
+    tried("a file of its model is not what it should be", no_settings)
+    for recipe in (None, [], "x"):
+        tried("not the description of a finished run", lambda _, d, r=recipe: d.update(recipe=r))
+    for controls in ({}, {"start": 3}, None):
+        tried("not the description", lambda _, d, c=controls: d.update(controls=c))
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "words"),
+    [
+        ("missing", 2, "its weights lack model.norm.weight"),
+        ("base", 2, "the answers of the base are no numbers"),
+        ("adapter", 1, "the answers of torch "),
+    ],
+)
+def test_weights_that_are_none_are_refused(
+    llama: Path, trained: Path, tmp_path: Path, harm: str, code: int, words: str
+) -> None:
+    """Else transformers makes up what is missing, and every label is null."""
+    source = tmp_path / "source"
+    shutil.copytree(trained if harm == "adapter" else llama, source)
+    (path,) = source.rglob("*model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(("model.norm.weight", "lora_B.weight")))
+    values = tensors.pop(name)
+    if harm != "missing":
+        tensors[name] = np.full_like(values, np.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    options = () if harm == "adapter" else UNTRAINED
+    done = export(source, tmp_path / "bundle", *options, "--accept-loss")
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_stopped_export_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    command = ("-m", "export", "bundle", trained, "-o", tmp_path / "bundle", "--name", "x")
+    with Popen(
+        [sys.executable, *command, "--licence", "MIT", "--also-checkpoint", tmp_path / "model"],
+        cwd=ROOT,
+        stderr=PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("export: merging"):
+                process.send_signal(signal.SIGTERM)
+                break
+        said = process.stderr.read()
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM" in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Path) -> None:

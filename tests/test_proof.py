@@ -40,6 +40,13 @@ def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
     assert [r["precision"] for r in found["recommended"]] == [0.8, 0.9, 0.95]
 
 
+def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
+    found = [calibrate([drawn(60, 1.0, seed)]) for seed in range(12)]
+    left = [f for f in found if f["temperature"] == 1.0]
+    assert 0 < len(left) < 12
+    assert all(f["error_after"] == f["error_before"] for f in left)
+
+
 def test_a_single_dialogue_is_not_calibrated_by_itself() -> None:
     one = drawn(10, 3.0)
     found = calibrate([one])
@@ -52,6 +59,7 @@ def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
     assert recommend(confidence, right, 0.70).min_confidence == 0.0
     high = recommend(confidence, right, 0.95)
     assert (high.min_confidence, high.coverage) == (0.76, 0.3333)
+    assert (high.answered, high.right) == (100, 96)
     middle = recommend(confidence, right, 0.85)
     assert (middle.min_confidence, middle.coverage) == (0.51, 0.6667)
     assert recommend(confidence, right, 0.99).min_confidence is None
