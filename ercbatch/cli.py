@@ -94,7 +94,12 @@ def main() -> None:
 )
 @click.option("--bundle", default="mini", show_default=True, help="Bundle name or folder.")
 @click.option("--label-set", help="Which of the bundle's label sets; default: its first.")
-@click.option("--demos", type=click.IntRange(0, 8), metavar="K", help="Demonstrations a question.")
+@click.option(
+    "--demos",
+    type=click.IntRange(0, 8),
+    metavar="K",
+    help="Labelled examples that each question shows; default: the bundle's own number.",
+)
 @click.option(
     "--context",
     type=click.Choice(["past", "both"]),
@@ -125,7 +130,7 @@ def main() -> None:
     type=click.Choice(["auto", "onnx", "bnb"]),
     default="auto",
     show_default=True,
-    help="What runs the model; auto: what the bundle is for.",
+    help="Refuse a bundle that another runtime is for; auto takes each.",
 )
 @click.option("--dry-run", is_flag=True, help="Check input and bundle, and estimate the time.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -312,7 +317,7 @@ def bank() -> None:
     default=3,
     show_default=True,
     metavar="K",
-    help="Demonstrations a question shows with the new bundle.",
+    help="Labelled examples that each question shows with the new bundle.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def bank_build(

@@ -289,7 +289,7 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     for name, f in zip(names, found.per_label.values(), strict=True):
         shares = (f"{value:.1%}" for value in (f.precision, f.recall, f.f1))
         per_label.add_row(name, *shares, f"{f.support:,}")
-    confusion = _table("Gold in rows, predicted in columns", "", *(name[:6] for name in names))
+    confusion = _table("Gold in rows, predicted in columns", "", *(name[:9] for name in names))
     for name, row in zip(names, found.confusion, strict=True):
         confusion.add_row(name, *(str(count) for count in row))
     coverage = _table("Answering only the surest", "coverage", "wrong", "--min-confidence")

@@ -20,7 +20,7 @@ from ercbatch import bundle as files
 from ercbatch.answers import AnswerHead
 from ercbatch.bundle import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
-from ercbatch.errors import BundleError
+from ercbatch.errors import BundleError, ErcbatchError
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
@@ -40,8 +40,6 @@ _INNER = "model."
 """What the exported module calls the model inside it."""
 _READ = ("fp32", "int8")
 """Forms whose weights can be read back."""
-_ODD = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-"""What transformers and torch raise at a configuration, or weights, that make no model."""
 
 
 def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> None:
@@ -72,7 +70,11 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         packed = PackedModel(model)
         _compare(packed, labeler)
         tokenizer = _tokenizer(bundle)
-    except _ODD as error:
+    except ErcbatchError:
+        raise
+    except (
+        Exception
+    ) as error:  # of torch and transformers: a configuration, or weights, of no model
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
@@ -155,6 +157,9 @@ def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
         named["sep_token"] = controls.separator
     texts = {n: backend.id_to_token(ids[0]) or "" for n, ids in named.items() if ids}
     if control_tokens(backend, texts) != controls:
-        raise BundleError(f"{bundle.folder}: its tokenizer has no such control tokens: {controls}")
+        raise BundleError(
+            f"{bundle.folder}: its tokenizer lacks the control tokens of {files.MANIFEST}: train "
+            "from its base"
+        )
     tokenizer.add_special_tokens(texts)
     return tokenizer

@@ -35,8 +35,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-def base(source: Path, output: Path) -> None:
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier base.")
+def base(source: Path, output: Path, force: bool) -> None:
     """Make a base of a BERT sentence encoder (a folder) or of a GGUF file.
 
     The encoder becomes a causal decoder, which is the base of `mini`; what a GGUF file holds is
@@ -45,7 +46,7 @@ def base(source: Path, output: Path) -> None:
     from train.base import write_base
 
     with errors():
-        write_base(source, output)
+        write_base(source, output, force=force)
     click.echo(f"{output}: a causal decoder with the weights of {source.name}", err=True)
 
 
@@ -167,7 +168,12 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=_RUN)
-@click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSONL file of dialogues.",
+)
 @click.option("--labels", required=True, help="The label set to score.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSONL file.")
 @click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16.")

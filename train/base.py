@@ -11,7 +11,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 from transformers.utils import logging
 
+from ercbatch.bundle import CONFIG
 from ercbatch.errors import InputError
+from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config
 
 
@@ -57,15 +59,23 @@ def causal_decoder(source: Path) -> BertLMHeadModel:
     return decoder
 
 
-def write_base(source: Path, folder: Path) -> None:
+def write_base(source: Path, folder: Path, *, force: bool = False) -> None:
     """Write a checkpoint folder: of a sentence encoder's causal decoder, or of a GGUF file.
 
     Raises:
         InputError: not a BERT checkpoint, or a file that transformers cannot read as GGUF.
+        UsageError: `folder` exists, and `force` is not given, or it may not be written.
+        OutputError: it cannot be written.
     """
-    if source.is_file():
-        _dequantize(source, folder)
-        return
+    check_output(folder, CONFIG, force=force, inputs=[source])
+    with whole_folder(folder, CONFIG, force=force) as part:
+        if source.is_file():
+            _write_gguf(source, part)
+        else:
+            _write_decoder(source, part)
+
+
+def _write_decoder(source: Path, folder: Path) -> None:
     decoder = causal_decoder(source)
     if not (source / "tokenizer.json").exists():
         raise InputError(f"{source}: has no tokenizer.json: convert its tokenizer first")
@@ -75,7 +85,7 @@ def write_base(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _dequantize(source: Path, folder: Path) -> None:
+def _write_gguf(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file (llama.cpp's format), its weights as float32."""
     settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # from transformers 5 on weights stay packed without it

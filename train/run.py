@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from ercbatch import bundle as files
 from ercbatch.bundle import encoder_files
@@ -97,6 +98,7 @@ def _load(
         ) from error
     if recipe.method == "lora":
         if quantized and merged:
+            logging.set_verbosity_error()  # it says that the model is multiplied out
             model = model.dequantize().to(_width(dtype))
         model = _adapted(model, folder / ADAPTER)
         model = model.merge_and_unload() if merged else model.base_model.model

@@ -27,10 +27,10 @@ convert topical-chat topical_chat/valid_freq.json topical-chat-freq.jsonl
 convert topical-chat topical_chat/valid_rare.json topical-chat-rest.jsonl
 head -n 100 topical-chat-rest.jsonl > topical-chat-rare.jsonl
 
-python -m train base "$minilm" -o base
+python -m train base "$minilm" -o base --force
 python -m export encoder "$minilm" -o encoder --force
 python -m train fit 1-adapt.toml -o adapted --bf16 --force
-python -m train base "$smollm2" -o smollm2
+python -m train base "$smollm2" -o smollm2 --force
 for fold in 0 1; do
     python -m train fit 2-teacher.toml -o "teacher$fold" --fold "$fold/2" --seed "4$((fold + 2))" --bf16 --force
 done
