@@ -38,11 +38,9 @@ from train.recipe import Source
 from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
 
 _OTHER_FORM = (
-    ": choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"
+    "choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"
 )
-_NO_DATA = (
-    ": train with [[valid]] data, or give --accept-loss and run `export calibrate` afterwards"
-)
+_NO_DATA = "train with [[valid]] data, or give --accept-loss and run `export calibrate` afterwards"
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,9 +72,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         tokenizer = _tokenizer(bundle)
     except ErcbatchError:
         raise
-    except (
-        Exception
-    ) as error:  # of torch and transformers: a configuration, or weights, of no model
+    except Exception as error:  # torch and transformers each raise their own at what is no model
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
