@@ -139,12 +139,13 @@ def export_bundle(
     if encoder is not None:
         with odd_files(encoder[0].parent):
             SentenceEncoder(*encoder)
+    _return_arrays_when_freed()
     say("loading the model as it was trained")
     run = load(merged=False)
     questions = Questions(run)
     original = measure(questions, TorchScorer(run.model, questions.tokens), say)
     del run
-    _give_back()
+    gc.collect()
 
     def fill(part: Path, checkpoint: Path | None) -> BundleInfo:
         retriever = None
@@ -152,7 +153,7 @@ def export_bundle(
             retriever = _write_bank(questions, part, encoder, options.examples)
         say(f"merging it, and writing it as {options.form}")
         info, head = _write_merged(load, questions, options, part, checkpoint, retriever)
-        _give_back()
+        gc.collect()
         listed = [path.name for path in part.iterdir()]
         scorer = open_model(part, options.form, head, available_threads(), listed)
         info = _prove(info, questions, original, measure(questions, scorer, say), options)
@@ -179,12 +180,19 @@ def _one_in_the_other(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def _give_back() -> None:
-    """Let go of the memory of a model: glibc keeps what its matrices were in for the next ones."""
-    gc.collect()
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's `malloc.h`."""
+
+
+def _return_arrays_when_freed() -> None:
+    """Have glibc give the memory of large arrays back as soon as they are freed.
+
+    By itself it keeps that of arrays up to 32 MB for the next ones; what small ones lie between
+    is then lost to larger ones, twice the size of the model in the end.
+    """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another libc
-            ctypes.CDLL(None).malloc_trim(0)
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _write_merged(
