@@ -36,12 +36,13 @@ def card_data(info: BundleInfo) -> ModelCardData:
         EvalResult(
             task_type="text-classification",
             task_name="Emotion recognition in conversation",
-            dataset_type=dataset.partition(",")[0],
+            dataset_type=dataset.partition(", ")[0],
             dataset_name=dataset,
+            dataset_config=dataset.partition(", ")[2],  # tells two of one label set apart
             metric_type=metric,
             metric_name=name.replace("_", " "),
             metric_value=figures[name],
-            metric_args=dict(arguments),
+            metric_args=dict(arguments) or None,
         )
         for dataset, figures in info.quality.items()
         for name, (metric, arguments) in _METRICS.items()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import CHAT, EXAMPLES, ROOT, cli, python, write_model, write_sentence_encoder
+from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
@@ -149,6 +150,11 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
     assert sorted(info.quality) == [
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
+    ]
+    card = ModelCard.load(tmp_path / "bundle" / files.CARD).data
+    assert sorted({(r.dataset_type, r.dataset_config) for r in card.eval_results}) == [
+        ("meld", "labelled_chat"),
+        ("meld", "labelled_chat_valid"),
     ]
     counts = [figures["utterances"] for figures in info.quality.values()]
     assert info.calibration["meld"]["utterances"] == sum(counts)

@@ -51,7 +51,8 @@ python -m train average longer longer longer student -o averaged
 python -m export bundle averaged -o mini --name mini --encoder encoder --force \
     --examples "$demonstrations" \
     --licence "Apache-2.0 (derived from all-MiniLM-L6-v2, Apache-2.0)" \
-    --base-name "all-MiniLM-L6-v2 as a causal decoder" \
+    --base-name sentence-transformers/all-MiniLM-L6-v2 \
+    --provenance "all-MiniLM-L6-v2 as a causal decoder, further trained on the dialogues below" \
     --provenance "scores of SmolLM2-135M-Instruct (Apache-2.0), fitted on MELD and EmoryNLP" \
     --provenance "MELD (GPL-3.0), training split" \
     --provenance "EmoryNLP (Apache-2.0), training split" \
