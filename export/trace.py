@@ -12,7 +12,6 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.onnx import symbolic_opset9
 
 from export.graph import Graph
 
@@ -20,6 +19,38 @@ OPSET = 17
 
 Axes = Mapping[str, Mapping[int, str]]
 """Input or output -> its dynamic axes."""
+
+
+class _Called(nn.Module):
+    """A module whose parameters are inputs, after its own.
+
+    Of what is a parameter to the exporter it makes copies, transposed ones too, as often as it
+    looks for shapes. `torch.func.functional_call` would do, but cannot be traced.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._called = [module]  # in a list it is no part of this one
+
+    def forward(self, *inputs: Tensor) -> Any:
+        (module,) = self._called
+        real = list(module.parameters())
+        count = len(inputs) - len(real)
+        given = dict(zip(real, inputs[count:], strict=True))
+        # By places, of which tied parameters have several; a bias that there isn't is None.
+        held = [
+            (part._parameters, name, parameter)
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None
+        ]
+        try:
+            for parameters, name, parameter in held:
+                parameters[name] = given[parameter]  # type: ignore[assignment]
+            return module(*inputs[:count])
+        finally:
+            for parameters, name, parameter in held:
+                parameters[name] = parameter
 
 
 def trace(
@@ -37,13 +68,19 @@ def trace(
         # The exporter says that it is deprecated, and that shape checks become constants.
         warnings.simplefilter("ignore")
         path = Path(folder) / "traced.onnx"
-        module.eval()  # the exporter puts back the mode of the whole over that of the parts
-        with _hollow(module) as weights, _no_turned_weights(), torch.inference_mode():
+        module.eval()
+        weights = {name: tensor.data for name, tensor in module.named_parameters()}
+        hollow = tuple(
+            # Numbers of their own: the exporter makes one of what is equal.
+            torch.tensor(1 + number / 1024).expand(tensor.shape)
+            for number, tensor in enumerate(weights.values())
+        )
+        with _float_buffers(module), torch.inference_mode():
             torch.onnx.export(
-                module,
-                example,
+                _Called(module),
+                (*example, *hollow),
                 path,
-                input_names=list(inputs),
+                input_names=[*inputs, *weights],
                 output_names=list(outputs),
                 dynamic_axes={**inputs, **outputs},
                 opset_version=OPSET,
@@ -55,35 +92,12 @@ def trace(
 
 
 @contextmanager
-def _no_turned_weights() -> Iterator[None]:
-    """The exporter works out the transposition of every weight, to learn its shape, and keeps it;
-    that of a copy it doesn't."""
-
-    def linear(graph: Any, rows: Any, weight: Any, bias: Any) -> Any:
-        return symbolic_opset9.linear(graph, rows, graph.op("Identity", weight), bias)
-
-    torch.onnx.register_custom_op_symbolic("aten::linear", linear, OPSET)  # type: ignore[attr-defined]
+def _float_buffers(module: nn.Module) -> Iterator[None]:
+    real = {tensor: tensor.data for tensor in module.buffers() if tensor.is_floating_point()}
     try:
+        for tensor in real:
+            tensor.data = tensor.data.float()
         yield
     finally:
-        torch.onnx.unregister_custom_op_symbolic("aten::linear", OPSET)  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _hollow(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Parameters that are one number each, seen as a float32 tensor of the right shape; yields the
-    real ones by name."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    real = {name: tensor.data for name, tensor in tensors.items()}
-    weights = {name: real[name] for name, _ in module.named_parameters()}
-    try:
-        for number, (name, tensor) in enumerate(tensors.items()):
-            if name in weights:
-                # Numbers of their own: the exporter makes one of what is equal.
-                tensor.data = torch.tensor(1 + number / 1024).expand(tensor.shape)
-            elif tensor.is_floating_point():
-                tensor.data = tensor.data.float()
-        yield weights
-    finally:
-        for name, tensor in tensors.items():
-            tensor.data = real[name]
+        for tensor, value in real.items():
+            tensor.data = value

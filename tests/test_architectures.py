@@ -102,6 +102,6 @@ def test_other_architectures_are_bundled(kind: str, encoder_folder: Path, tmp_pa
         *("--licence", "MIT", "--quantize", "fp32"),
     )
     assert done.returncode == 0, done.stderr
-    assert "100.0% of the labels its labels" in done.stdout
+    assert "its label for 100.0% of utterances" in done.stdout
     done = cli("label", CHAT, "--bundle", folder, "-o", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
