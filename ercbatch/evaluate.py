@@ -272,7 +272,7 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
     console = console or Console(highlight=False, markup=False)
     names = [printable(name) for name in found.labels]
     # rich cuts a table to the width, and takes a pipe for 80 columns.
-    console.width = max(console.width, 20 + 10 * len(names))
+    console.width = max(console.width, max(map(len, names)) + 12 * len(names))
     answered = found.utterances - found.abstained
     told = f"{answered / found.utterances:.1%} answered"
     if found.abstained:
