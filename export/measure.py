@@ -92,6 +92,11 @@ class Measured:
 
 
 def measure(questions: Questions, scorer: Scorer, say: Say) -> Measured:
+    """What a scorer says of all validation data.
+
+    Raises:
+        LossError: it answers with what is no number.
+    """
     measured = Measured({}, {})
     for name, dataset in questions.held_out.items():
         say(f"answering {name}: {len(dataset.scenes):,} dialogues")
