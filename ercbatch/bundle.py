@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ercbatch.checked import LARGEST, integer, mapping, number, string, strings
-from ercbatch.errors import BundleError, ErcbatchError, MissingExtraError, UsageError
+from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 from ercbatch.folders import whole_folder
 from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
@@ -342,27 +342,23 @@ def open_bundle(folder: Path) -> Bundle:
 
 @contextmanager
 def odd_files(folder: Path) -> Iterator[None]:
-    """What libraries say of files that are not what they should be, as an error of ours.
-
-    Digests tell that the files are those that were written, by whomever; and each library has
-    errors of its own, or plain ones.
+    """What libraries say of a bundle's files: digests tell only that they are those that were
+    written, by whomever.
 
     Raises:
-        BundleError: in place of every other exception.
+        BundleError: in place of every exception that is not ours.
     """
     try:
-        yield
+        with foreign_errors(
+            BundleError,
+            f"{folder}: a file in it is not what it should be",
+            "export the bundle again",
+        ):
+            yield
     except UsageError as error:
         if isinstance(error, MissingExtraError):
             raise
         raise BundleError(f"{folder}: {error}; or upgrade ercbatch") from error
-    except ErcbatchError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BundleError(
-            f"{folder}: a file in it is not what it should be ({reason}): export the bundle again"
-        ) from error
 
 
 def write_bundle(

@@ -12,6 +12,9 @@ ErcbatchError                 exit 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ErcbatchError(Exception):
     """Any error that ercbatch raises on purpose; its message ends with the next step."""
@@ -59,3 +62,22 @@ class BundleError(ErcbatchError):
     """A bundle cannot be loaded."""
 
     exit_code = 4
+
+
+@contextmanager
+def foreign_errors(kind: type[ErcbatchError], what: str, mend: str) -> Iterator[None]:
+    """What libraries say of files that are not what they should be, as an error of ours.
+
+    Each of them has errors of its own, or plain ones.
+
+    Raises:
+        ErcbatchError: ours as they are, and in place of every other exception one of this kind:
+            what is wrong, the library's words, and what mends it.
+    """
+    try:
+        yield
+    except ErcbatchError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(f"{what} ({reason:.300}): {mend}") from error

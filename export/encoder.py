@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from ercbatch import bundle
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config
 from export.graph import Graph
@@ -68,16 +68,9 @@ def export_encoder(
         OutputError: it cannot be written.
     """
     check_output(folder, bundle.ENCODER, force=force, inputs=[source])
-    try:
+    needed = "it needs config.json, model.safetensors and tokenizer.json of a sentence encoder"
+    with foreign_errors(UsageError, f"{source}: cannot be exported", needed):
         graph, tokenizer = _traced(Path(source), quantize)
-    except ErcbatchError:
-        raise
-    except Exception as error:  # tokenizers, transformers and torch each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(
-            f"{source}: cannot be exported ({reason:.300}): it needs config.json, "
-            "model.safetensors and tokenizer.json of a sentence-transformers model"
-        ) from error
     with whole_folder(folder, bundle.ENCODER, force=force) as part:
         graph.save(part / bundle.ENCODER)
         text = tokenizer.to_str(pretty=False)

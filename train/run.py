@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ercbatch import bundle as files
 from ercbatch.bundle import encoder_files
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.tree import Window
@@ -116,23 +116,10 @@ def run_files(folder: Path) -> list[str]:
     return [_checkpoint(folder, recipe), *described["data"]]
 
 
-@contextmanager
-def unreadable(source: str | Path) -> Iterator[None]:
-    """What libraries say of a model's files that are not what they should be, as an error of ours.
-
-    Raises:
-        UsageError: in place of every exception that is not ours.
-    """
-    try:
-        yield
-    except ErcbatchError:
-        raise
-    except Exception as error:  # torch, transformers, peft and safetensors each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(
-            f"{source}: a file of its model is not what it should be ({reason:.300}): train again, "
-            "or get it again"
-        ) from error
+def unreadable(source: str | Path) -> AbstractContextManager[None]:
+    """See `foreign_errors`: of the files of a model, as UsageError."""
+    what = f"{source}: a file of its model is not what it should be"
+    return foreign_errors(UsageError, what, "train again, or get it again")
 
 
 def _checkpoint(folder: Path, recipe: Recipe) -> str:
