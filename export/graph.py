@@ -93,7 +93,7 @@ class Graph:
         """The shape of a constant; None for what is none."""
         if name in self._weights:
             return tuple(self._weights[name].shape)
-        tensor = self._constants.get(name)
+        tensor = self._constants.get(name, self._added.get(name))
         return None if tensor is None else tuple(tensor.dims)
 
     def value(self, name: str) -> Array:
@@ -175,7 +175,7 @@ class Graph:
         """Add a constant; one that is there already stays as it is."""
         if name not in self._added:
             if self._data is None or value.nbytes < _OUTSIDE:
-                self._added[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+                self._added[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
             else:
                 self._added[name] = _written(self._data, name, value)
         return name
@@ -201,6 +201,15 @@ class Graph:
         if MICROSOFT not in domains and any(node.domain == MICROSOFT for node in kept):
             self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
         self._index()
+
+    def copy(self) -> ModelProto:
+        """The graph as it is, for tools that look at it: what it names is an input or in it."""
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.initializer.extend(
+            tensor for tensor in self._added.values() if not tensor.external_data
+        )
+        return model
 
     def finish(self) -> ModelProto:
         """The graph with the constants that it reads, in the layout in which it reads them."""

@@ -24,17 +24,17 @@ def traced_attention(source: str) -> str:
 
 
 def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
-    """The float32 graph: tokens, positions, ends [packs, length], reads -> states [reads, hidden].
+    """The float32 graph: tokens, positions, ends [1, length], reads -> states [reads, hidden].
 
     The mask is built inside the graph from `ends`; no vocabulary-sized product is in it. `data` as
     for `Graph`.
     """
     length = 9
-    tokens = torch.arange(2 * length).reshape(2, length) % 50
-    positions = torch.arange(length).repeat(2, 1)
-    ends = torch.full((2, length), length)
-    reads = torch.tensor([3, length + 4])
-    axes = {0: "packs", 1: "length"}
+    tokens = torch.arange(length)[None]
+    positions = torch.arange(length)[None]
+    ends = torch.full((1, length), length)
+    reads = torch.tensor([3, length - 1])
+    axes = {1: "length"}
     return trace(
         model,
         (tokens, positions, ends, reads),

@@ -1,0 +1,87 @@
+"""What a traced graph says of its shapes: what is known of them becomes constant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import NodeProto
+
+from export.graph import Graph
+
+Shape = tuple[int | str, ...]
+"""Of a value: sizes, or the names of sizes that differ from run to run."""
+TARGET = "_target"
+"""Ends the name of a constant that says what Reshape or Expand makes."""
+
+
+def infer_shapes(graph: Graph) -> Mapping[str, Shape]:
+    """The shapes of a graph's values, by name, as far as ONNX Runtime's tool knows them.
+
+    Takes standard operators only. Sizes that are equal have the same name.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+        model = SymbolicShapeInference.infer_shapes(graph.copy(), auto_merge=True)
+    named = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    found: dict[str, Shape] = {}
+    for value in named:
+        if value.type.tensor_type.HasField("shape"):
+            sizes = value.type.tensor_type.shape.dim
+            found[value.name] = tuple(size.dim_param or size.dim_value for size in sizes)
+    return found
+
+
+def settle_shapes(graph: Graph) -> None:
+    """Give Reshape and Expand their targets as constants, where at most one size is open, and take
+    the sizes that are known for what they are.
+
+    They stood at the end of chains that took the sizes of values apart and put them together.
+    """
+    shapes = infer_shapes(graph)
+    known: dict[str, str] = {}
+    for node in graph.nodes:
+        for number, name in enumerate(node.input):
+            node.input[number] = known.get(name, name)
+        target = _target(node, shapes)
+        size = _size(graph, node, shapes)
+        if target is not None:
+            name = graph.constant(f"{node.output[0]}{TARGET}", np.array(target, np.int64))
+            node.input[1] = name
+        elif size is not None:
+            known[node.output[0]] = graph.constant(f"size_{size}", np.array(size, np.int64))
+    graph.apply()
+
+
+def _size(graph: Graph, node: NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+    """What a node takes out of the shape of a value, where it is known."""
+    source = graph.producers.get(node.input[0]) if node.op_type == "Gather" else None
+    if source is None or source.op_type != "Shape" or shapes.get(node.output[0]) != ():
+        return None
+    place, shape = graph.integer(node.input[1]), shapes.get(source.input[0])
+    size = None if place is None or shape is None else shape[place]
+    return size if isinstance(size, int) else None
+
+
+def _target(node: NodeProto, shapes: Mapping[str, Shape]) -> list[int] | None:
+    if node.op_type not in ("Reshape", "Expand") or node.output[0] not in shapes:
+        return None
+    after, before = shapes[node.output[0]], shapes.get(node.input[0])
+    if node.op_type == "Reshape":
+        return open_target(after)
+    if before is None:
+        return None
+    same = (1,) * (len(after) - len(before)) + before
+    # A size of one leaves what is there as it is.
+    kept = [1 if size == was else size for size, was in zip(after, same, strict=True)]
+    sizes = [size for size in kept if isinstance(size, int)]
+    return sizes if len(sizes) == len(kept) else None
+
+
+def open_target(shape: Shape) -> list[int] | None:
+    """A shape as Reshape takes it, -1 for the one size that is open; None where several are."""
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    return sizes if sizes.count(-1) <= 1 else None
