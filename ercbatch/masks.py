@@ -31,12 +31,15 @@ class Masks:
             self._window = None
         self._alibi = _Alibi(model.base_model) if _Alibi.used_by(model.base_model) else None
 
-    def __call__(self, positions: Tensor, ends: Tensor) -> Tensor | dict[str, Tensor]:
-        """The mask for packs with these positions and ends, each [packs, length]."""
-        index = torch.arange(ends.shape[1], device=ends.device)
-        sees = (index[None, None, :] <= index[None, :, None]) & (
-            index[None, :, None] < ends[:, None, :]
-        )
+    def __call__(
+        self, positions: Tensor, ends: Tensor, order: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask for packs with these positions and ends, each [packs, length].
+
+        `order` [packs, length] says where in its pack each token stood, if not here.
+        """
+        index = torch.arange(ends.shape[1], device=ends.device)[None] if order is None else order
+        sees = (index[:, None, :] <= index[:, :, None]) & (index[:, :, None] < ends[:, None, :])
         if self._alibi is not None:
             self._alibi.positions = positions
         if self._window is None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from ercbatch import tiles
 from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
 from ercbatch.onnx_file import check_onnx
@@ -120,6 +121,7 @@ class OnnxScorer(StateScorer):
         self.head = head
         self._path = path
         self._session = open_session(path, threads, listed)
+        self._tiles = tiles_of(path, self._session)
         self._threads = threads
 
     def describe(self) -> str:
@@ -128,15 +130,55 @@ class OnnxScorer(StateScorer):
 
     def states(self, pack: Pack) -> FloatArray:
         """See `StateScorer.states`."""
-        states: FloatArray = run_session(self._path, self._session, None, feed(pack))[0]
+        inputs = feed(pack, self._tiles)
+        states: FloatArray = run_session(self._path, self._session, None, inputs)[0]
         return states
 
 
-def feed(pack: Pack) -> dict[str, npt.NDArray[np.int64]]:
-    """A pack as the inputs of the graph: `reads` [reads], the others [1, length]."""
+_MOST_TILES = 64
+
+
+def tiles_of(path: Path, session: onnxruntime.InferenceSession) -> int:
+    """Into how many tiles the graph in a file divides attention; 0 for one that knows of none.
+
+    Raises:
+        BundleError: too many, or not said.
+    """
+    for value in session.get_inputs():
+        if value.name == tiles.ROW_COUNTS:
+            count = value.shape[0] if value.shape else None
+            if not isinstance(count, int) or not 0 < count <= _MOST_TILES:
+                raise BundleError(
+                    f"{path}: its attention has {count} tiles, not 1 to {_MOST_TILES}: export the "
+                    "bundle again"
+                )
+            return count
+    return 0
+
+
+def feed(pack: Pack, tile_count: int) -> dict[str, npt.NDArray[np.int64]]:
+    """A pack as the inputs of a graph with so many tiles: `reads` [reads], those of the tokens
+    [1, length], those of the tiles as in `Tiles`."""
+    tokens, positions, ends = pack.tokens, pack.positions, pack.ends
+    reads = np.array([index for index, _, _ in pack.reads], dtype=np.int64)
+    inputs = {}
+    if tile_count:
+        found = tiles.cut(ends, tile_count)
+        order = found.order
+        tokens, positions, ends = tokens[order], positions[order], ends[order]
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        reads = place[reads]
+        inputs = {
+            tiles.ORDER: order[None],
+            tiles.ROW_COUNTS: found.row_counts,
+            tiles.KEYS: found.keys,
+            tiles.KEY_COUNTS: found.key_counts,
+        }
     return {
-        "tokens": pack.tokens[None].astype(np.int64),
-        "positions": pack.positions[None].astype(np.int64),
-        "ends": pack.ends[None].astype(np.int64),
-        "reads": np.array([index for index, _, _ in pack.reads], dtype=np.int64),
+        "tokens": tokens[None].astype(np.int64),
+        "positions": positions[None].astype(np.int64),
+        "ends": ends[None].astype(np.int64),
+        "reads": reads,
+        **inputs,
     }

@@ -193,14 +193,24 @@ class PackedModel(nn.Module):
         finally:
             self.model.set_output_embeddings(self.tap)
 
-    def forward(self, tokens: Tensor, positions: Tensor, ends: Tensor, reads: Tensor) -> Tensor:
-        """Hidden states [reads, hidden]: what the output embedding is multiplied with."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        ends: Tensor,
+        reads: Tensor,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [reads, hidden]: what the output embedding is multiplied with.
+
+        `order` is for tokens that stand elsewhere than in their pack: see `Masks`.
+        """
         # BERT's own table of token types is as long as its positions; a pack may be longer.
         types = {"token_type_ids": torch.zeros_like(tokens)} if self._bert else {}
         self.model(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._masks(positions, ends),
+            attention_mask=self._masks(positions, ends, order),
             use_cache=False,
             **types,
         )

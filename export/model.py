@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ercbatch.tiles import ORDER
 from ercbatch.torch_model import PackedModel, check_config
 from export.graph import Graph
 from export.trace import trace
@@ -24,10 +25,11 @@ def traced_attention(source: str) -> str:
 
 
 def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
-    """The float32 graph: tokens, positions, ends [1, length], reads -> states [reads, hidden].
+    """The float32 graph of a pack: tokens, positions, ends, order [1, length], and reads, to states
+    [reads, hidden].
 
-    The mask is built inside the graph from `ends`; no vocabulary-sized product is in it. `data` as
-    for `Graph`.
+    The mask is built inside the graph from `ends` and `order`; no vocabulary-sized product is in
+    it. `data` as for `Graph`.
     """
     length = 9
     tokens = torch.arange(length)[None]
@@ -37,8 +39,14 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
     axes = {1: "length"}
     return trace(
         model,
-        (tokens, positions, ends, reads),
-        {"tokens": axes, "positions": axes, "ends": axes, "reads": {0: "reads"}},
+        (tokens, positions, ends, reads, positions.clone()),
+        {
+            "tokens": axes,
+            "positions": axes,
+            "ends": axes,
+            "reads": {0: "reads"},
+            ORDER: axes,
+        },
         {"states": {0: "reads"}},
         data,
     )

@@ -21,8 +21,8 @@ axes; None for an input that every row takes whole."""
 
 _BY_ELEMENT = frozenset(
     "Abs Add And Cast Clip Cos Div Elu Equal Erf Exp Gelu Greater HardSigmoid Identity IsNaN "
-    "LeakyRelu Less LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin Softplus Sqrt Sub "
-    "Tanh Where".split()
+    "LeakyRelu Less LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin "
+    "Softplus Sqrt Sub Tanh Where".split()
 )
 """Operators that take their inputs element by element, broadcast to each other."""
 _ALONG = frozenset(
