@@ -103,7 +103,7 @@ def packs(engine: Engine, dialogues: Sequence[Dialogue]) -> list[Pack]:
         for number, dialogue in enumerate(dialogues)
         for tree in engine.renderer.trees(dialogue, asked(dialogue))
     )
-    return list(pack(trees, engine.pack_tokens))
+    return list(pack(trees, engine.pack_tokens, len(engine.renderer.head)))
 
 
 def graph_file(name: str) -> Path:

@@ -15,13 +15,14 @@ class Pack:
     """Trees one after another in one sequence, invisible to each other.
 
     `reads` are (index, owner, Read): the position in the pack, and which of the packed items
-    (dialogues, usually) the answer belongs to.
+    (dialogues, usually) the answer belongs to. The first `shared` tokens are the beginning of each.
     """
 
     tokens: IntArray
     positions: IntArray
     ends: IntArray
     reads: tuple[tuple[int, int, Read], ...]
+    shared: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,16 +43,17 @@ def join(trees: Sequence[tuple[int, Tree]]) -> Pack:
 
 
 def split(pack: Pack) -> Iterator[Pack]:
-    """The trees that `join` put into a pack, in its order, each a pack of its own.
+    """The trees that `join` or `graft` put into a pack, in its order, each a pack of its own.
 
-    All of a tree hangs on its first token.
+    All of a tree, or of what follows its shared beginning, hangs on its first token.
     """
-    start = 0
+    start = shared = pack.shared
     while start < len(pack):
         end = int(pack.ends[start])
-        place = slice(start, end)
-        reads = tuple((i - start, owner, read) for i, owner, read in pack.reads if start <= i < end)
-        ends = pack.ends[place] - np.int32(start)
+        place = np.r_[:shared, start:end]
+        moved = start - shared
+        reads = tuple((i - moved, owner, read) for i, owner, read in pack.reads if start <= i < end)
+        ends = np.minimum(pack.ends[place], end) - np.int32(moved)
         yield Pack(pack.tokens[place], pack.positions[place], ends, reads)
         start = end
 
@@ -60,7 +62,7 @@ def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
     """One pack of (owner, tree) pairs that begin with the same `shared` tokens, laid out once.
 
     The rest of each tree hangs on the last of them: a tree of trees, in which every answer sees
-    what it saw in its own. For training.
+    what it saw in its own.
     """
     first = trees[0][1]
     rests = [(owner, tree, len(tree) - shared) for owner, tree in trees]
@@ -77,37 +79,40 @@ def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
         ends[place] = tree.ends[shared:] + np.int32(offset - shared)
         reads += [(offset - shared + index, owner, read) for index, read in tree.reads]
         offset += size
-    return Pack(tokens, positions, ends, tuple(reads))
+    return Pack(tokens, positions, ends, tuple(reads), shared)
 
 
 class Packer:
     """Fills packs of at most `length` tokens in input order; a longer tree is a pack of its own.
 
-    Which trees share a pack depends on nothing but the trees' order and sizes.
+    All trees begin with the same `shared` tokens, which a pack holds once. Which trees share a pack
+    depends on nothing but the trees' order and sizes.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, shared: int) -> None:
         self._length = length
+        self._shared = shared
         self._waiting: list[tuple[int, Tree]] = []
-        self._used = 0
+        self._used = shared
 
     def add(self, owner: int, tree: Tree) -> Pack | None:
         """Take a tree; the pack that it no longer fitted into, if it filled one."""
-        full = self.rest() if self._used + len(tree) > self._length else None
+        own = len(tree) - self._shared
+        full = self.rest() if self._used + own > self._length else None
         self._waiting.append((owner, tree))
-        self._used += len(tree)
+        self._used += own
         return full
 
     def rest(self) -> Pack | None:
         """The pack begun, as it is."""
-        packed = join(self._waiting) if self._waiting else None
-        self._waiting, self._used = [], 0
+        packed = graft(self._waiting, self._shared) if self._waiting else None
+        self._waiting, self._used = [], self._shared
         return packed
 
 
-def pack(trees: Iterable[tuple[int, Tree]], length: int) -> Iterator[Pack]:
+def pack(trees: Iterable[tuple[int, Tree]], length: int, shared: int) -> Iterator[Pack]:
     """All packs of (owner, tree) pairs: see `Packer`."""
-    packer = Packer(length)
+    packer = Packer(length, shared)
     for owner, tree in trees:
         full = packer.add(owner, tree)
         if full is not None:

@@ -140,7 +140,7 @@ class Engine:
         self, items: Iterable[tuple[T, Dialogue | None]]
     ) -> Iterator[tuple[list[_Entry[T]], tuple[dict[int, _Entry[T]], Pack] | None]]:
         """Packs in order, each with the entries that begin since the last one."""
-        packer = Packer(self.pack_tokens)
+        packer = Packer(self.pack_tokens, len(self.renderer.head))
         begun: list[_Entry[T]] = []
         open_: dict[int, _Entry[T]] = {}
 
