@@ -110,8 +110,17 @@ def check_full_range(path: Path) -> None:
         )
 
 
+_LARGE = 2 << 30
+"""Bytes of weights from which a pack takes so long that all threads should work on one."""
+
+
 class OnnxScorer(StateScorer):
-    """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it."""
+    """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it.
+
+    Several packs at a time, one thread each, are faster than several threads on one pack: between
+    its products stand hundreds of operations too small to be shared. And what a thread computes
+    doesn't depend on how many there are.
+    """
 
     packages = ("onnxruntime",)
 
@@ -120,7 +129,9 @@ class OnnxScorer(StateScorer):
     ) -> None:
         self.head = head
         self._path = path
-        self._session = open_session(path, threads, listed)
+        size = sum(file.stat().st_size for file in (path, *map(path.with_name, listed)))
+        self.at_once = 1 if size >= _LARGE else threads
+        self._session = open_session(path, threads // self.at_once, listed)
         self._tiles = tiles_of(path, self._session)
         self._threads = threads
 

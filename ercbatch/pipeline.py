@@ -1,7 +1,7 @@
 """Streaming: dialogues in, label probabilities out, in input order, in constant memory.
 
-Rendering (tokenizing, retrieving, packing) runs in a thread of its own, ahead of the scorer by a
-few packs; the matrix products release Python's lock. Which dialogues share a pack depends on
+Rendering (tokenizing, retrieving, packing) runs in a thread of its own, a few packs ahead of those
+that score; the matrix products release Python's lock. Which dialogues share a pack depends on
 nothing but their order, so a run over the same input computes the same packs.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -26,9 +27,12 @@ from ercbatch.scoring import Scorer, calibrated
 from ercbatch.tree import Question, Renderer, Task
 
 T = TypeVar("T")
+R = TypeVar("R")
+Answer = tuple[int, int, npt.NDArray[np.float64]]
+"""(owner, utterance, probabilities [labels])."""
 
 _AHEAD = 4
-"""Packs rendered ahead of the scorer."""
+"""Packs rendered ahead of those that are scored or wait for it."""
 _RETRIEVED_TOGETHER = 64
 """Utterances embedded in one call of the sentence encoder, at least."""
 _BEGUN = 256
@@ -75,6 +79,24 @@ def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
         thread.join(timeout=5)
 
 
+def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterator[R]:
+    """`act` on each item in one of some threads; the results in the order of the items."""
+    if threads == 1:
+        yield from map(act, source)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
+    running: deque[Future[R]] = deque()
+    try:
+        for item in source:
+            running.append(pool.submit(act, item))
+            if len(running) > threads:  # one waits, so that no thread does
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Retriever:
     """Finds demonstrations for utterances."""
@@ -105,6 +127,16 @@ class _Entry(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class _Step(Generic[T]):
+    """A pack, whose owners' numbers are those of its reads, and the entries that begin since the
+    last one."""
+
+    begun: list[_Entry[T]]
+    owners: Mapping[int, _Entry[T]] = field(default_factory=dict)
+    pack: Pack | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """All that turns dialogues into probabilities over one label set."""
 
@@ -124,22 +156,29 @@ class Engine:
         in its place.
         """
         waiting: deque[_Entry[T]] = deque()
-        for entries, packed in prefetch(self._packs(items), _AHEAD):
-            waiting.extend(entries)
-            if packed is not None:
-                owners, whole = packed
-                for owner, utterance, logs in self.scorer.answers(whole, self.renderer.trie):
-                    entry = owners[owner]
-                    entry.rows[utterance] = calibrated(logs, self.temperature)
-                    entry.waiting -= 1
+        packs = prefetch(self._packs(items), _AHEAD)
+        for begun, owners, answers in in_order(self._answered, packs, self.scorer.at_once):
+            waiting.extend(begun)
+            for owner, utterance, probabilities in answers:
+                entry = owners[owner]
+                entry.rows[utterance] = probabilities
+                entry.waiting -= 1
             while waiting and not waiting[0].waiting:
                 done = waiting.popleft()
                 yield done.origin, done.dialogue, done.rows
 
-    def _packs(
-        self, items: Iterable[tuple[T, Dialogue | None]]
-    ) -> Iterator[tuple[list[_Entry[T]], tuple[dict[int, _Entry[T]], Pack] | None]]:
-        """Packs in order, each with the entries that begin since the last one."""
+    def _answered(
+        self, step: _Step[T]
+    ) -> tuple[list[_Entry[T]], Mapping[int, _Entry[T]], list[Answer]]:
+        """The entries and owners of a step, and its answers."""
+        if step.pack is None:
+            return step.begun, step.owners, []
+        found = self.scorer.answers(step.pack, self.renderer.trie)
+        answers = [(owner, t, calibrated(logs, self.temperature)) for owner, t, logs in found]
+        return step.begun, step.owners, answers
+
+    def _packs(self, items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[_Step[T]]:
+        """Packs in order."""
         packer = Packer(self.pack_tokens, len(self.renderer.head))
         begun: list[_Entry[T]] = []
         open_: dict[int, _Entry[T]] = {}
@@ -160,13 +199,13 @@ class Engine:
                 for tree in self.renderer.trees(entry.dialogue, questions):
                     full = packer.add(number, tree)
                     if full is not None:
-                        yield begun, (owners(full), full)
+                        yield _Step(begun, owners(full), full)
                         begun = []
             if len(begun) >= _BEGUN:
-                yield begun, None
+                yield _Step(begun)
                 begun = []
         last = packer.rest()
-        yield begun, None if last is None else (owners(last), last)
+        yield _Step(begun) if last is None else _Step(begun, owners(last), last)
 
     def _questions(
         self, items: Iterable[tuple[T, Dialogue | None]]

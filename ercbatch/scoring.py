@@ -20,6 +20,8 @@ class Scorer(ABC):
     packages: ClassVar[tuple[str, ...]]
     """The installed packages whose release its numbers depend on."""
     head: AnswerHead
+    at_once: int = 1
+    """How many packs it scores best at a time, each in a thread."""
 
     @abstractmethod
     def logits(self, pack: Pack) -> FloatArray:

@@ -18,13 +18,10 @@ from export.fusions import fuse_rotations
 from export.graph import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
-from export.narrow import narrow
 from export.quantize import probe, quantize_lookups, quantize_products
-from export.shapes import settle_shapes
 from export.standard import export_standard, import_optimum
 from export.statistics import module_inputs
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
-from export.tiles import tile_attention
 from train.run import TrainedRun
 
 _LARGE = 2_000_000_000
@@ -105,9 +102,6 @@ def write_graph(
     """Write `model.onnx`; of a large model, with a data file beside it. See `write_form`."""
     size = sum(p.numel() for p in model.model.parameters()) * _PARAMETER_BYTES[form]
     graph = trace_scorer(model, data_file(folder, size))
-    settle_shapes(graph)
-    narrow(graph)
-    tile_attention(graph)
     if form != "fp32":
         sum_softmax_in_double(graph)
     fuse_rotations(graph)

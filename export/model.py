@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ercbatch.tiles import ORDER
 from ercbatch.torch_model import PackedModel, check_config
 from export.graph import Graph
+from export.narrow import narrow
+from export.shapes import settle_shapes
+from export.tiles import tile_attention
 from export.trace import trace
 
 EXPORTED = "eager"
@@ -25,8 +28,8 @@ def traced_attention(source: str) -> str:
 
 
 def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
-    """The float32 graph of a pack: tokens, positions, ends, order [1, length], and reads, to states
-    [reads, hidden].
+    """The float32 graph of a pack: tokens, positions, ends, order [1, length], reads and the inputs
+    of tiles to states [reads, hidden].
 
     The mask is built inside the graph from `ends` and `order`; no vocabulary-sized product is in
     it. `data` as for `Graph`.
@@ -37,7 +40,7 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
     ends = torch.full((1, length), length)
     reads = torch.tensor([3, length - 1])
     axes = {1: "length"}
-    return trace(
+    graph = trace(
         model,
         (tokens, positions, ends, reads, positions.clone()),
         {
@@ -50,6 +53,10 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
         {"states": {0: "reads"}},
         data,
     )
+    settle_shapes(graph)
+    narrow(graph)
+    tile_attention(graph)
+    return graph
 
 
 def fitting_dtype(source: str) -> torch.dtype | str:

@@ -49,17 +49,19 @@ def narrow(graph: Graph) -> None:
     places = {data: [(last, 0)]}  # value -> (node, number of the input) where only rows are needed
     inside: set[str] = set()
     for node in reversed(graph.nodes[:-1]):
-        output = node.output[0]
-        if len(node.output) > 1 or len(places.get(output, ())) < len(graph.users[output]):
+        outputs = [output for output in node.output if output in graph.users]
+        along = {rows.get(output) for output in outputs}
+        if any(len(places.get(output, ())) < len(graph.users[output]) for output in outputs):
             continue
-        axes = _input_axes(graph, node, rows[output], shapes)
+        (axis,) = along if len(along) == 1 else (None,)
+        axes = None if axis is None else _input_axes(graph, node, axis, shapes)
         read = [(n, v, axes[n]) for n, v in enumerate(node.input)] if axes else []
         if not axes or any(a is not None and rows.get(v, a) != a for _, v, a in read):
             continue
-        inside.add(output)
-        for number, value, axis in read:
-            if axis is not None:
-                rows[value] = axis
+        inside.update(outputs)
+        for number, value, own in read:
+            if own is not None:
+                rows[value] = own
                 places.setdefault(value, []).append((node, number))
     if data not in inside:
         return

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from onnx import NodeProto
 
 from export.graph import Graph
@@ -52,18 +53,22 @@ def settle_shapes(graph: Graph) -> None:
             name = graph.constant(f"{node.output[0]}{TARGET}", np.array(target, np.int64))
             node.input[1] = name
         elif size is not None:
-            known[node.output[0]] = graph.constant(f"size_{size}", np.array(size, np.int64))
+            name = f"{'sizes' if size.ndim else 'size'}_{size.item()}"
+            known[node.output[0]] = graph.constant(name, size)
     graph.apply()
 
 
-def _size(graph: Graph, node: NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-    """What a node takes out of the shape of a value, where it is known."""
+def _size(
+    graph: Graph, node: NodeProto, shapes: Mapping[str, Shape]
+) -> npt.NDArray[np.int64] | None:
+    """The one size that a node takes out of the shape of a value, where it is known."""
     source = graph.producers.get(node.input[0]) if node.op_type == "Gather" else None
-    if source is None or source.op_type != "Shape" or shapes.get(node.output[0]) != ():
+    taken = shapes.get(node.output[0])
+    if source is None or source.op_type != "Shape" or taken not in ((), (1,)):
         return None
     place, shape = graph.integer(node.input[1]), shapes.get(source.input[0])
     size = None if place is None or shape is None else shape[place]
-    return size if isinstance(size, int) else None
+    return np.full(taken, size, np.int64) if isinstance(size, int) else None
 
 
 def _target(node: NodeProto, shapes: Mapping[str, Shape]) -> list[int] | None:

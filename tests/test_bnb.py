@@ -21,7 +21,7 @@ from ercbatch.bank import INDEX, TEXTS, VECTORS
 from ercbatch.bundle import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.packs import join, split
+from ercbatch.packs import graft, join, split
 from ercbatch.pipeline import Engine
 from ercbatch.prompts import template
 from ercbatch.records import read_dialogues
@@ -215,12 +215,13 @@ def test_int8_takes_no_columns_out_for_the_outliers_of_others(
     assert moves()
 
 
-def test_split_undoes_join() -> None:
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_split_undoes_join_and_graft(shared: int) -> None:
     trees = []
-    for owner, length in enumerate((3, 1, 9)):
+    for owner, length in enumerate((5, 4, 9)):
         branch = Segment([7, 8], read=Read(Question(Task.EMOTION, 0), 0))
         trees.append((owner, lay_out(Segment(list(range(length)), [(length - 1, branch)]))))
-    parts = list(split(join(trees)))
+    parts = list(split(graft(trees, shared) if shared else join(trees)))
     assert len(parts) == 3
     for part, pair in zip(parts, trees, strict=True):
         whole = join([pair])

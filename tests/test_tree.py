@@ -151,9 +151,17 @@ def test_ends_follow_the_rule_of_the_design() -> None:
 def test_packs_keep_order_and_never_split_a_tree() -> None:
     sizes = [4, 6, 50, 1, 2]
     trees = [(i, lay_out(Segment([i + 1] * size))) for i, size in enumerate(sizes)]
-    packs = list(pack(trees, 10))
+    packs = list(pack(trees, 10, 0))
     assert [p.tokens.tolist() for p in packs] == [[1] * 4 + [2] * 6, [3] * 50, [4, 5, 5]]
     assert visible(packs[0].ends).sum(1).tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
+
+
+def test_packs_hold_once_what_all_trees_begin_with() -> None:
+    trees = [(i, lay_out(Segment([7, 8] + [i] * size))) for i, size in enumerate((2, 3, 50, 4, 1))]
+    packs = list(pack(trees, 8, 2))
+    assert [p.tokens.tolist()[2:] for p in packs] == [[0, 0, 1, 1, 1], [2] * 50, [3] * 4 + [4]]
+    assert all(p.tokens.tolist()[:2] == [7, 8] and p.shared == 2 for p in packs)
+    assert visible(packs[0].ends).sum(1).tolist() == [1, 2, 3, 4, 3, 4, 5]
 
 
 def test_an_impact_question_needs_a_turn_before_it(tokenizer: SegmentTokenizer) -> None:

@@ -62,7 +62,7 @@ def speaker_accuracy(
             for i, scene in enumerate(scenes)
             for tree in renderer.trees(scene.dialogue, speaker_questions(scene))
         )
-        for packed in pack(trees, pack_tokens):
+        for packed in pack(trees, pack_tokens, len(renderer.speaker_head)):
             for i, utterance, logs in scorer.answers(packed, trie):
                 right.append(speaker_numbers(scenes[i].dialogue)[utterance] == logs.argmax())
     return float(np.mean(right)) if right else None
