@@ -27,7 +27,7 @@ from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
 
-FORMAT = "1.1"
+FORMAT = "1.2"
 """Version of the format: another major number is refused, a newer minor one too.
 
 1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`.
