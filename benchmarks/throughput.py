@@ -5,11 +5,11 @@
 
 A model of a known shape with random weights is written to WORK once; ours is exported from it by
 the real command, and every other engine converts it itself. Each is a process of its own, all on
-the same processors, and they take turns, round after round. A round has dialogues of its own, because a
-cache of prefixes must not find what it computed in the round before. For each utterance the others
-get the ordinary prompt, as token ids, for the very turns (and demonstrations) that our packed
-question sees, and give the likeliest next token; ours gets the dialogues, and renders and tokenizes
-them within its time. The prompts that warm an engine up begin as no measured one does.
+the same processors, and they take turns, round after round. A round has dialogues of its own,
+because a cache of prefixes must not find what it computed in the round before. For each utterance
+the others get the ordinary prompt, as token ids, for the very turns (and demonstrations) that our
+packed question sees, and give the likeliest next token; ours gets the dialogues, and renders and
+tokenizes them within its time. The prompts that warm an engine up begin as no measured one does.
 
 The labels of random weights mean nothing, but must be the same: the likeliest token of every engine
 is held against that of transformers, and our labels and probabilities against those that
@@ -31,20 +31,16 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks import forms, invented
+from benchmarks import forms
 from benchmarks.engines import BASELINE, KINDS, EngineProcess
-from benchmarks.graph import packs
-from benchmarks.limit import Rate, Work, work
-from benchmarks.packed import prompts
+from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
+from benchmarks.plan import Plan, Round, plan
 from ercbatch import bundle as files
 from ercbatch.bank import TEXTS
 from ercbatch.bundle import find_bundle
 from ercbatch.cli import errors
-from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import UsageError
-from ercbatch.labeler import Labeler
-from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
 from ercbatch.scoring import calibrated
 
@@ -60,8 +56,6 @@ _COLUMNS = {
     "largest_difference": "differs by",
 }
 """Figure -> its heading."""
-_WARM_UP = (20, 20)
-"""Turns: least and most."""
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 """Engine -> its answer in each round."""
 
@@ -90,71 +84,6 @@ class Trial:
         if len(found) < self.threads:
             raise UsageError(f"{self.threads} threads on {len(found)} processors: name fewer")
         return found[-self.threads :]
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """Dialogues that every engine labels once."""
-
-    request: str
-    utterances: int
-    needed: Work
-    computed: int
-    """Tokens in ercbatch's packs."""
-    separate: int
-    """Tokens in separate prompts."""
-
-
-def rounds(engine: Engine, dialogues: Sequence[Dialogue], count: int) -> list[Round]:
-    """The dialogues dealt out to `count` rounds.
-
-    Raises:
-        UsageError: there are fewer dialogues than rounds.
-    """
-    asked = [
-        (dialogue, ids)
-        for dialogue in dialogues
-        if (ids := [ids for _, ids in prompts(engine, dialogue)])
-    ]
-    if len(asked) < count:
-        raise UsageError(f"{len(asked)} dialogues to label in {count} rounds: have more, or fewer")
-    return [_round(engine, asked[number::count]) for number in range(count)]
-
-
-def _round(engine: Engine, asked: Sequence[tuple[Dialogue, list[list[int]]]]) -> Round:
-    given = [ids for _, every in asked for ids in every]
-    dialogues = [dialogue for dialogue, _ in asked]
-    return Round(
-        _request(engine, dialogues, [every for _, every in asked], limit=True),
-        len(given),
-        work(given),
-        sum(len(one) for one in packs(engine, dialogues)),
-        sum(map(len, given)),
-    )
-
-
-def _request(
-    engine: Engine,
-    dialogues: Sequence[Dialogue],
-    given: Sequence[Sequence[Sequence[int]]],
-    *,
-    limit: bool,
-) -> str:
-    return json.dumps(
-        {
-            "records": [dialogue.record for dialogue in dialogues],
-            "prompts": given,
-            "options": engine.renderer.trie.choices[0].options,
-            "limit": limit,
-        }
-    )
-
-
-def warm_up(engine: Engine) -> str:
-    """The request before all others: the others' prompts are backwards, and share no beginning."""
-    dialogues = [parse_dialogue(record) for record in invented.dialogues(1, _WARM_UP, seed=-1)]
-    given = [[ids[::-1] for _, ids in prompts(engine, dialogue)] for dialogue in dialogues]
-    return _request(engine, dialogues, given, limit=False)
 
 
 def export(trial: Trial, checkpoint: Path, failed: dict[str, str]) -> dict[str, Path]:
@@ -228,8 +157,9 @@ def ask(
     return found
 
 
-def compare(engine: Engine, given: Sequence[Round], found: Answers) -> dict[str, dict[str, Any]]:
+def compare(asked: Plan, found: Answers) -> dict[str, dict[str, Any]]:
     """The figures of each engine."""
+    given = asked.rounds
     speeds = {
         name: [one.utterances / a["seconds"] for one, a in zip(given, own, strict=True)]
         for name, own in found.items()
@@ -247,7 +177,7 @@ def compare(engine: Engine, given: Sequence[Round], found: Answers) -> dict[str,
         figures["per_second_by_round"] = [round(speed, 2) for speed in speeds[name]]
         if BASELINE in found:
             figures["of_baseline"] = ratio(name, BASELINE)
-            figures |= agreement(engine, name, own, found[BASELINE])
+            figures |= agreement(asked, name, own, found[BASELINE])
         if kind.ours:
             peers = sorted((p for p in middle if not KINDS[p].ours), key=lambda p: -middle[p])
             alike = [peer for peer in peers if KINDS[peer].bits == kind.bits]
@@ -266,18 +196,20 @@ def compare(engine: Engine, given: Sequence[Round], found: Answers) -> dict[str,
 
 
 def agreement(
-    engine: Engine,
+    asked: Plan,
     name: str,
     own: Sequence[Mapping[str, Any]],
     baseline: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
-    """The share of answers that are those of transformers, and how far probabilities differ."""
+    """The share of answers that are those of transformers, and how far our probabilities (to six
+    places, as they are written) are from its own."""
     if not KINDS[name].ours:
         pairs = [p for a, b in zip(own, baseline, strict=True) for p in _pairs(a, b)]
-        return {"agreement": round(statistics.mean(x == y for x, y in pairs), 5)}
-    trie = engine.renderer.trie
-    theirs = np.array([trie.log_probabilities([row]) for b in baseline for row in b["logits"]])
-    expected = calibrated(theirs, engine.temperature)
+        return {"agreement": round(sum(x == y for x, y in pairs) / len(pairs), 5)}
+    logits = [row for answer in baseline for row in answer["logits"]]
+    expected = calibrated(
+        np.array([asked.trie.log_probabilities([row]) for row in logits]), asked.temperature
+    )
     rows = np.array([row for a in own for row in a["rows"]])
     return {
         "agreement": round(float((rows.argmax(-1) == expected.argmax(-1)).mean()), 5),
@@ -305,14 +237,14 @@ def measure(trial: Trial, source: Path, most: int | None) -> dict[str, Any]:
     bundles = export(trial, checkpoint, failed)
     if not bundles:
         raise RuntimeError(f"no bundle, and so no prompts: {next(iter(failed.values()))}")
-    labeler = Labeler(str(next(iter(bundles.values()))), threads=trial.threads)
     dialogues = [dialogue for _, dialogue in islice(read_dialogues(source), most)]
-    given = rounds(labeler.engine, dialogues, trial.rounds)
-    opened = open_engines(trial, checkpoint, bundles, warm_up(labeler.engine), failed)
-    found = ask(opened, given, failed)
-    compared = compare(labeler.engine, given, found)
+    asked = plan(next(iter(bundles.values())), dialogues, trial.rounds)
+    opened = open_engines(trial, checkpoint, bundles, asked.first, failed)
+    found = ask(opened, asked.rounds, failed)
+    compared = compare(asked, found)
     for name, figures in compared.items():
         figures["versions"] = dict(opened[name].versions)
+    given = asked.rounds
     count = sum(one.utterances for one in given)
     return {
         "model": trial.model,

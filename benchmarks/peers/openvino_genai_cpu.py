@@ -1,4 +1,4 @@
-"""OpenVINO GenAI with int8 weights: prompt by prompt, or with prefixes of earlier prompts kept."""
+"""OpenVINO GenAI with int8 weights, with what prompts begin with in common kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _CACHE_GB = 2
 
 
 class OpenVino(Generator):
-    """`LLMPipeline`, or with the form `cached` `ContinuousBatchingPipeline`.
+    """`LLMPipeline` with its defaults, which keep prefixes, or with the form `cached`
+    `ContinuousBatchingPipeline`, told to keep them.
 
     The second one too is given one prompt at a time: of prompts that it computes together none can
     find what another one has left.
@@ -38,6 +39,7 @@ class OpenVino(Generator):
         self._settings = openvino_genai.GenerationConfig(
             max_new_tokens=1, do_sample=False, ignore_eos=True
         )
+        self._settings.set_eos_token_id(0)  # a checkpoint may name none: then -1, which is refused
         if order.form != "cached":
             self._pipeline = openvino_genai.LLMPipeline(folder, "CPU", properties)
         else:
