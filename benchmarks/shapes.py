@@ -103,10 +103,12 @@ def write_checkpoint(folder: Path, name: str, texts: Sequence[Path] = ()) -> int
     which makes as many tokens of a text as a real one.
 
     Raises:
-        UsageError: no such model.
+        UsageError: no such model, or without texts one that has fewer tokens.
     """
     if name not in SHAPES:
         raise UsageError(f"no model {name!r}: choose from {', '.join(SHAPES)}")
+    if not texts and SHAPES[name]["vocab_size"] < _BERT_WORDS:
+        raise UsageError(f"model {name!r} has fewer tokens than this tokenizer: choose another")
     config = AutoConfig.for_model(**SHAPES[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
