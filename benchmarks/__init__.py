@@ -1,1 +1,1 @@
-"""Measurements. Each module is run as `python -m benchmarks.NAME` and ends with one JSON line."""
+"""Measurements. Most modules are run as `python -m benchmarks.NAME` and end with one JSON line."""

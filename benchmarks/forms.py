@@ -104,8 +104,8 @@ class Trial:
         return self.work / form
 
 
-def export(trial: Trial, checkpoint: Path, form: str) -> dict[str, float]:
-    """Export a form; time, peak memory and size.
+def export(trial: Trial, checkpoint: Path, form: str, more: Sequence[str] = ()) -> dict[str, float]:
+    """Export a form, with `more` options of the command; time, peak memory and size.
 
     Raises:
         RuntimeError: it fails.
@@ -115,6 +115,7 @@ def export(trial: Trial, checkpoint: Path, form: str) -> dict[str, float]:
         *(sys.executable, "-m", "export", "bundle", str(checkpoint), "-o", str(folder)),
         *("--zero-shot", str(trial.dialogues), "--labels", "meld", "--template", trial.template),
         *("--name", form, "--quantize", form, "--accept-loss", "--licence", "none", "--force"),
+        *more,
     )
     words = trial.work / f"{form}.log"
     began = time.perf_counter()

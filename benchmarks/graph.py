@@ -90,18 +90,22 @@ class Profile:
         }
 
 
-def asked(dialogue: Dialogue) -> list[Question]:
-    """The questions that labelling asks."""
-    turns = (t for t, u in enumerate(dialogue.utterances) if u.text.strip())
-    return [Question(Task.EMOTION, t) for t in turns]
+def asked(engine: Engine, dialogue: Dialogue) -> list[Question]:
+    """The questions that labelling asks, with the demonstrations that it shows."""
+    turns = [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
+    shown: list[tuple[tuple[str, str], ...]] = [()] * len(turns)
+    if engine.retriever is not None and turns:
+        texts = [dialogue.utterances[t].text for t in turns]
+        shown = engine.retriever.demonstrations(texts, engine.demonstrations)
+    return [Question(Task.EMOTION, t, few) for t, few in zip(turns, shown, strict=True)]
 
 
 def packs(engine: Engine, dialogues: Sequence[Dialogue]) -> list[Pack]:
-    """The packs that an engine makes of dialogues, without demonstrations."""
+    """The packs that an engine makes of dialogues."""
     trees = (
         (number, tree)
         for number, dialogue in enumerate(dialogues)
-        for tree in engine.renderer.trees(dialogue, asked(dialogue))
+        for tree in engine.renderer.trees(dialogue, asked(engine, dialogue))
     )
     return list(pack(trees, engine.pack_tokens, len(engine.renderer.head)))
 
@@ -217,14 +221,15 @@ def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> No
     """Measure on the dialogues of SOURCE (JSONL); after the first BUNDLE, graphs may be given."""
     with errors():
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
-        given = packs(Labeler(graphs[0], demonstrations=0).engine, dialogues)
+        engine = Labeler(graphs[0], demonstrations=0).engine
+        given = packs(engine, dialogues)
         if not given:
             raise UsageError(f"{source}: has nothing to label")
         found = measure({name: graph_file(name) for name in graphs}, given, threads, rounds)
     for line in show(found):
         click.echo(line)
     result = {
-        "utterances": sum(len(asked(dialogue)) for dialogue in dialogues),
+        "utterances": sum(len(asked(engine, dialogue)) for dialogue in dialogues),
         "packs": len(given),
         "tokens": sum(len(one) for one in given),
         "threads": threads,

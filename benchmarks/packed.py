@@ -17,11 +17,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.graph import asked
 from ercbatch.dialogues import Dialogue
+from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.packs import join
+from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
-from ercbatch.tree import Question, Read, Segment, Task, lay_out
+from ercbatch.tree import Question, Read, Segment, lay_out
 
 Answers = dict[tuple[int, int], npt.NDArray[np.float64]]
 
@@ -37,7 +40,7 @@ def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
     tokens = sum(
         len(tree)
         for dialogue in dialogues
-        for tree in renderer.trees(dialogue, [q for q, _ in _asked(labeler, dialogue)])
+        for tree in renderer.trees(dialogue, asked(labeler.engine, dialogue))
     )
     return found, tokens
 
@@ -46,8 +49,7 @@ def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]
     """The same with one prompt, one run of the model, for each utterance."""
     engine, found, tokens = labeler.engine, {}, 0
     for number, dialogue in enumerate(dialogues):
-        for question, start in _asked(labeler, dialogue):
-            ids = engine.renderer.separate_prompt(dialogue, question, start=start)
+        for question, ids in prompts(engine, dialogue):
             prompt = join([(number, lay_out(Segment(ids, read=Read(question, 0))))])
             tokens += len(ids)
             for _, t, logs in engine.scorer.answers(prompt, engine.renderer.trie):
@@ -55,10 +57,17 @@ def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]
     return found, tokens
 
 
-def _asked(labeler: Labeler, dialogue: Dialogue) -> Iterator[tuple[Question, int]]:
-    turns = [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
-    questions = [Question(Task.EMOTION, t) for t in turns]
-    yield from labeler.engine.renderer.starts(dialogue, questions).items()
+def prompts(engine: Engine, dialogue: Dialogue) -> Iterator[tuple[Question, list[int]]]:
+    """Each question that labelling asks, and the ordinary prompt with the turns that it sees.
+
+    Raises:
+        UsageError: labels begin with the same token, so that one prompt isn't enough.
+    """
+    if len(engine.renderer.trie.choices) > 1:
+        raise UsageError("labels begin with the same token here: choose another label set")
+    questions = asked(engine, dialogue)
+    for question, start in engine.renderer.starts(dialogue, questions).items():
+        yield question, engine.renderer.separate_prompt(dialogue, question, start=start)
 
 
 @click.command()
