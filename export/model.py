@@ -56,6 +56,7 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
     settle_shapes(graph)
     narrow(graph)
     tile_attention(graph)
+    narrow(graph)  # the mask of the last layer, which no other needs whole any more
     return graph
 
 

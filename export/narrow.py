@@ -13,18 +13,13 @@ from collections.abc import Mapping, Sequence
 from onnx import NodeProto
 
 from export.graph import Graph, add_node, attributes
-from export.shapes import TARGET, Shape, infer_shapes
+from export.shapes import BY_ELEMENT, TARGET, Shape, infer_shapes
 
 Axes = list[int | None]
 """For each input of a node the axis on which it has the rows that its output has on one of its
 axes; None for an input that every row takes whole."""
 
-_BY_ELEMENT = frozenset(
-    "Abs Add And Cast Clip Cos Div Elu Equal Erf Exp Gelu Greater HardSigmoid Identity IsNaN "
-    "LeakyRelu Less LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin "
-    "Softplus Sqrt Sub Tanh Where".split()
-)
-"""Operators that take their inputs element by element, broadcast to each other."""
+_READS = "reads"
 _ALONG = frozenset(
     "Concat LayerNormalization LogSoftmax ReduceMax ReduceMean ReduceSum ReduceSumSquare Slice "
     "Softmax Split".split()
@@ -33,22 +28,19 @@ _ALONG = frozenset(
 
 
 def narrow(graph: Graph) -> None:
-    """Move the gathering at the end of a graph, the rows called `reads`, as far up as it goes.
+    """Move every gathering of the rows called `reads` as far up a graph as it goes.
 
     Reshapes must have their targets as constants (see `settle_shapes`).
-
-    Raises:
-        ValueError: the graph does not end so.
     """
     shapes = infer_shapes(graph)
-    last = graph.nodes[-1]
-    if last.op_type != "Gather" or attributes(last).get("axis", 0) != 0:
-        raise ValueError("the graph does not end with the rows of its answers")
-    data, reads = last.input
-    rows = {data: 0}  # value -> the axis of its rows
-    places = {data: [(last, 0)]}  # value -> (node, number of the input) where only rows are needed
+    gatherings = [n for n in graph.nodes if n.op_type == "Gather" and n.input[1] == _READS]
+    rows: dict[str, int] = {}  # value -> the axis of its rows
+    places: dict[str, list[tuple[NodeProto, int]]] = {}  # value -> nodes that need only rows of it
+    for node in gatherings:
+        rows[node.input[0]] = attributes(node).get("axis", 0)
+        places.setdefault(node.input[0], []).append((node, 0))
     inside: set[str] = set()
-    for node in reversed(graph.nodes[:-1]):
+    for node in reversed(graph.nodes):
         outputs = [output for output in node.output if output in graph.users]
         along = {rows.get(output) for output in outputs}
         if any(len(places.get(output, ())) < len(graph.users[output]) for output in outputs):
@@ -63,12 +55,10 @@ def narrow(graph: Graph) -> None:
             if own is not None:
                 rows[value] = own
                 places.setdefault(value, []).append((node, number))
-    if data not in inside:
-        return
-    _put(graph, {v: p for v, p in places.items() if v not in inside}, rows, reads)
-    copied: list[NodeProto] = []
-    add_node(copied, "Identity", [data], last.output[0])
-    graph.replace(last, copied)
+    for node in gatherings:
+        node.op_type = "Identity"
+        del node.input[1:], node.attribute[:]
+    _put(graph, {v: p for v, p in places.items() if v not in inside}, rows)
     graph.apply()
 
 
@@ -76,20 +66,22 @@ def _put(
     graph: Graph,
     places: Mapping[str, Sequence[tuple[NodeProto, int]]],
     rows: Mapping[str, int],
-    reads: str,
 ) -> None:
     """Gather the rows of these values before the first node that needs no more of them."""
+    order = {node.output[0]: place for place, node in enumerate(graph.nodes)}
     before: dict[str, list[NodeProto]] = {}
-    first: dict[str, NodeProto] = {}
     for value, needing in places.items():
+        name = f"{value}_read"
+        while name in graph.producers:  # by an earlier time
+            name += "_again"
         for node, number in needing:
-            node.input[number] = f"{value}_read"
-        node = needing[-1][0]  # they were found from the last node to the first
-        first[node.output[0]] = node
-        gathered = before.setdefault(node.output[0], [])
-        add_node(gathered, "Gather", [value, reads], f"{value}_read", axis=rows[value])
-    for output, node in first.items():
-        graph.replace(node, [*before[output], node])
+            node.input[number] = name
+        first = min((node.output[0] for node, _ in needing), key=order.__getitem__)
+        gathered = before.setdefault(first, [])
+        add_node(gathered, "Gather", [value, _READS], name, axis=rows[value])
+    for output, nodes in before.items():
+        node = graph.producers[output]
+        graph.replace(node, [*nodes, node])
 
 
 def _input_axes(
@@ -106,7 +98,7 @@ def _input_axes(
         return None
     given = [shape for shape in inputs if shape is not None]
     from_end = len(output) - axis
-    if kind in _BY_ELEMENT:
+    if kind in BY_ELEMENT:
         return [
             len(shape) - from_end if len(shape) >= from_end and shape[-from_end] != 1 else None
             for shape in given

@@ -13,6 +13,12 @@ from export.graph import Graph
 
 Shape = tuple[int | str, ...]
 """Of a value: sizes, or the names of sizes that differ from run to run."""
+BY_ELEMENT = frozenset(
+    "Abs Add And Cast Clip Cos Div Elu Equal Erf Exp Gelu Greater HardSigmoid Identity IsNaN "
+    "LeakyRelu Less LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin "
+    "Softplus Sqrt Sub Tanh Where".split()
+)
+"""Operators that take their inputs element by element, broadcast to each other."""
 TARGET = "_target"
 """Ends the name of a constant that says what Reshape or Expand makes."""
 
@@ -49,13 +55,22 @@ def settle_shapes(graph: Graph) -> None:
             node.input[number] = known.get(name, name)
         target = _target(node, shapes)
         size = _size(graph, node, shapes)
-        if target is not None:
+        if node.op_type == "Slice" and _takes_all(graph, node, shapes):
+            known[node.output[0]] = node.input[0]
+        elif target is not None:
             name = graph.constant(f"{node.output[0]}{TARGET}", np.array(target, np.int64))
             node.input[1] = name
         elif size is not None:
             name = f"{'sizes' if size.ndim else 'size'}_{size.item()}"
             known[node.output[0]] = graph.constant(name, size)
     graph.apply()
+
+
+def _takes_all(graph: Graph, node: NodeProto, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a slice is as large as what it is of, and not turned round."""
+    before, after = (shapes.get(name) for name in (node.input[0], node.output[0]))
+    step = graph.integer(node.input[4]) if len(node.input) > 4 else 1
+    return before is not None and before == after and step == 1
 
 
 def _size(

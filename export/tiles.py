@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from ercbatch.tiles import KEY_COUNTS, KEYS, ROW_COUNTS
 from export.graph import Graph, add_node, attributes
-from export.shapes import Shape, infer_shapes
+from export.shapes import BY_ELEMENT, Shape, infer_shapes
 
 TILES = 8
 """In every graph: more make the smallest packs slower than they make the largest ones faster."""
@@ -43,28 +43,53 @@ class _Parts:
     shapes: Mapping[str, Shape]
     length: str
     keys: Sequence[str]
-    made: dict[tuple[str, bool, bool], list[str]] = field(default_factory=dict)
+    made: dict[str, list[str]] = field(default_factory=dict)
 
     def of(self, value: str, nodes: list[NodeProto]) -> list[str]:
-        """The part for each tile of a value that is broadcast to scores."""
-        shape = self.shapes.get(value, self.graph.shape(value) or ())
-        ends = [size == self.length for size in (1, 1, *shape)[-2:]]
-        return self.cut(value, ends[0], ends[1], nodes)
+        """The part for each tile of a value that is broadcast to scores.
 
-    def cut(self, value: str, rows: bool, keys: bool, nodes: list[NodeProto]) -> list[str]:
-        """The rows of each tile along the last axis but one, its keys along the last."""
-        if (value, rows, keys) not in self.made:
-            found = [value] * len(self.keys)
-            if rows:
-                found = [f"{value}_rows_{n}" for n in range(len(found))]
-                nodes.append(helper.make_node("Split", [value, ROW_COUNTS], found, axis=-2))
-            if keys:
-                found = [
-                    add_node(nodes, "Gather", [part, index], f"{value}_tile_{n}", axis=-1)
-                    for n, (part, index) in enumerate(zip(found, self.keys, strict=True))
-                ]
-            self.made[value, rows, keys] = found
-        return self.made[value, rows, keys]
+        What is computed element by element, as a mask is, is computed for each tile.
+        """
+        if value not in self.made:
+            rows, keys = (size == self.length for size in (1, 1, *self._shape(value))[-2:])
+            node = self.graph.producers.get(value)
+            if rows and keys and node is not None and self._by_element(node):
+                self.made[value] = self._computed(node, nodes)
+            else:
+                found = self.rows(value, nodes) if rows else [value] * len(self.keys)
+                if keys:
+                    found = [
+                        add_node(nodes, "Gather", [part, index], f"{value}_tile_{n}", axis=-1)
+                        for n, (part, index) in enumerate(zip(found, self.keys, strict=True))
+                    ]
+                self.made[value] = found
+        return self.made[value]
+
+    def rows(self, value: str, nodes: list[NodeProto]) -> list[str]:
+        """The rows of each tile along the last axis but one."""
+        found = [f"{value}_rows_{n}" for n in range(len(self.keys))]
+        nodes.append(helper.make_node("Split", [value, ROW_COUNTS], found, axis=-2))
+        return found
+
+    def _shape(self, value: str) -> Shape:
+        return self.shapes.get(value, self.graph.shape(value) or ())
+
+    def _by_element(self, node: NodeProto) -> bool:
+        if node.op_type == "Unsqueeze":  # before the last two axes
+            place = self.graph.integer(node.input[1])
+            return place is not None and 0 <= place < len(self._shape(node.output[0])) - 2
+        return node.op_type in BY_ELEMENT
+
+    def _computed(self, node: NodeProto, nodes: list[NodeProto]) -> list[str]:
+        whole = node.op_type == "Unsqueeze"
+        inputs = [
+            [name] * len(self.keys) if whole and number else self.of(name, nodes)
+            for number, name in enumerate(node.input)
+        ]
+        return [
+            again(node, list(own), f"{node.output[0]}_tile_{n}", nodes)
+            for n, own in enumerate(zip(*inputs, strict=True))
+        ]
 
 
 def tile_attention(graph: Graph) -> int:
@@ -138,7 +163,7 @@ def _tiled(graph: Graph, attention: _Attention, parts: _Parts) -> list[NodeProto
     straight = [*range(dimensions - 2), dimensions - 1, dimensions - 2]
     keys = _turned(graph, turned, straight, nodes)
     results = []
-    rows = parts.cut(queries, True, False, nodes)
+    rows = parts.rows(queries, nodes)
     for number, index in enumerate(parts.keys):
         own = {}
         for name in (keys, values):
@@ -149,18 +174,23 @@ def _tiled(graph: Graph, attention: _Attention, parts: _Parts) -> list[NodeProto
         add_node(nodes, "MatMul", [rows[number], back], scores)
         for node in attention.between:
             others = [parts.of(name, nodes)[number] for name in node.input[1:]]
-            copied = NodeProto()
-            copied.CopyFrom(node)
-            copied.name = ""  # a name is of one node
-            del copied.input[:]
-            copied.input.extend([scores, *others])
-            scores = f"{node.output[0]}_{number}"
-            copied.output[0] = scores
-            nodes.append(copied)
+            scores = again(node, [scores, *others], f"{node.output[0]}_{number}", nodes)
         results.append(f"{output}_{number}")
         add_node(nodes, "MatMul", [scores, own[values]], results[-1])
     add_node(nodes, "Concat", results, output, axis=dimensions - 2)
     return nodes
+
+
+def again(node: NodeProto, inputs: Sequence[str], output: str, nodes: list[NodeProto]) -> str:
+    """Append a node like this one, on other inputs; the name of its output."""
+    copied = NodeProto()
+    copied.CopyFrom(node)
+    copied.name = ""  # a name is of one node
+    del copied.input[:]
+    copied.input.extend(inputs)
+    copied.output[0] = output
+    nodes.append(copied)
+    return output
 
 
 def _turned(graph: Graph, name: str, straight: Sequence[int], nodes: list[NodeProto]) -> str:
