@@ -110,9 +110,12 @@ class Retriever:
 
     def demonstrations(self, texts: list[str], count: int) -> list[tuple[tuple[str, str], ...]]:
         """(text, label) pairs for each text, `count` of them where the bank has as many."""
-        own = [[text] for text in texts]
-        found = self.bank.nearest(self.encoder.encode(texts), count, exclude=own)
-        return [tuple((d.text, d.label) for d in few) for few in found]
+        several = list(dict.fromkeys(texts))
+        own = [[text] for text in several]
+        found = self.bank.nearest(self.encoder.encode(several), count, exclude=own)
+        shown = [tuple((d.text, d.label) for d in few) for few in found]
+        of_text = dict(zip(several, shown, strict=True))
+        return [of_text[text] for text in texts]
 
 
 @dataclass(slots=True)

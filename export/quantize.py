@@ -179,19 +179,18 @@ class _PerToken:
         name = f"{x}_rows"
         columns = np.empty(0, np.int64) if seen is None else _outliers(seen.peaks)
         flat = add_node(nodes, "Flatten", [x], f"{name}_flat", axis=-1)
-        high = add_node(nodes, "Abs", [flat], f"{name}_abs")
-        floats = ""
+        inner, floats = flat, ""
         if seen is not None and len(columns):
             # Their int8 weights are zero: what is saturated there counts for nothing.
             inside = ~np.isin(np.arange(len(seen.peaks)), columns)
             mask = self._graph.constant(f"{name}_inside", inside.astype(np.float32))
-            high = add_node(nodes, "Mul", [high, mask], f"{name}_inner")
+            inner = add_node(nodes, "Mul", [flat, mask], f"{name}_inner")
             places = self._graph.constant(f"{name}_places", columns)
             floats = add_node(nodes, "Gather", [flat, places], f"{name}_floats", axis=-1)
-        if self._graph.opset < 18:
-            high = add_node(nodes, "ReduceMax", [high], f"{name}_max", axes=[-1], keepdims=0)
-        else:
-            high = add_node(nodes, "ReduceMax", [high, self._last], f"{name}_max", keepdims=0)
+        # The greatest magnitude from both ends: magnitudes of all would be written and read again.
+        high, low = (self._end(end, inner, f"{name}_{end}", nodes) for end in ("Max", "Min"))
+        low = add_node(nodes, "Neg", [low], f"{name}_below")
+        high = add_node(nodes, "Max", [high, low], f"{name}_most")
         scale = add_node(nodes, "Div", [high, self._steps], f"{name}_step")
         scale = add_node(nodes, "Max", [scale, self._least], f"{name}_scale")
         count = add_node(nodes, "Shape", [scale], f"{name}_count")
@@ -202,6 +201,11 @@ class _PerToken:
         size = add_node(nodes, "Shape", [x], f"{name}_size", end=-1)
         lead = add_node(nodes, "Concat", [size, self._last], f"{name}_lead", axis=0)
         return _Rows(value, column, lead, columns, floats)
+
+    def _end(self, end: str, x: str, name: str, nodes: list[NodeProto]) -> str:
+        if self._graph.opset < 18:
+            return add_node(nodes, f"Reduce{end}", [x], name, axes=[-1], keepdims=0)
+        return add_node(nodes, f"Reduce{end}", [x, self._last], name, keepdims=0)
 
     def _product(
         self, product: Product, rows: _Rows, nodes: list[NodeProto], seen: Statistics | None

@@ -1,0 +1,52 @@
+"""What labelling computes may not grow unseen: counted, not timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from conftest import CHAT, write_model
+from onnx import ModelProto
+
+from benchmarks.graph import PRODUCTS, asked, packs
+from ercbatch import Labeler
+from ercbatch import bundle as files
+from ercbatch.bundle import find_bundle
+from ercbatch.records import read_dialogues
+from ercbatch.tiles import cut
+from ercbatch.torch_model import PackedModel, load_causal_lm
+from export.forms import write_graph
+from export.tiles import TILES
+
+MINI_NODES = 1000
+"""Of the graph of the bundle in the package, outside products."""
+LAYER_NODES = 1000
+"""Of a layer of a Llama in int8, outside products."""
+TOKENS = 1.0
+"""Computed for an utterance of the example, with what mini's prompts have beside it."""
+SCORES = 1.0
+"""Of queries and keys, computed for each token in each head of a layer."""
+
+
+def test_tokens_and_scores_of_an_utterance() -> None:
+    engine = Labeler("mini", demonstrations=0).engine
+    dialogues = [dialogue for _, dialogue in read_dialogues(Path(CHAT))]
+    given = packs(engine, dialogues)
+    tokens = sum(len(pack) for pack in given)
+    tiles = [cut(pack.ends, TILES) for pack in given]
+    scores = sum(int((t.row_counts * t.key_counts).sum()) for t in tiles)
+    assert tokens / sum(len(asked(engine, dialogue)) for dialogue in dialogues) <= TOKENS
+    assert scores / tokens <= SCORES
+
+
+def test_nodes_outside_products(tmp_path: Path) -> None:
+    assert outside(onnx.load(find_bundle("mini") / files.MODEL)) <= MINI_NODES
+    model, _ = load_causal_lm(str(write_model(tmp_path, "llama")), attn_implementation="eager")
+    write_graph(PackedModel(model.eval()), tmp_path, "int8", "avx2", [])
+    layers = model.config.num_hidden_layers
+    assert outside(onnx.load(tmp_path / files.MODEL)) / layers <= LAYER_NODES
+
+
+def outside(model: ModelProto) -> int:
+    """Nodes that are not products; a constant costs nothing."""
+    return sum(node.op_type not in {*PRODUCTS, "Constant"} for node in model.graph.node)

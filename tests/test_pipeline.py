@@ -1,0 +1,68 @@
+"""Streaming through threads: order, errors and numbers are as they are with one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHAT
+
+from ercbatch import Labeler
+from ercbatch.pipeline import in_order
+from ercbatch.records import read_dialogues
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_results_come_in_order(threads: int) -> None:
+    def act(number: int) -> int:
+        time.sleep(0.002 * (number % 3))
+        return number * number
+
+    assert list(in_order(act, range(40), threads)) == [n * n for n in range(40)]
+    assert list(in_order(act, [], threads)) == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_comes_in_its_place(threads: int) -> None:
+    def act(number: int) -> int:
+        if number == 5:
+            raise ValueError("five")
+        return number
+
+    found = []
+    with pytest.raises(ValueError, match="five"):
+        for result in in_order(act, range(40), threads):
+            found.append(result)
+    assert found == [0, 1, 2, 3, 4]
+
+
+def test_no_more_is_taken_than_threads_can_use() -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = in_order(lambda number: number, source(), 3)
+    assert next(results) == 0
+    results.close()
+    assert len(taken) <= 5
+    assert not [t for t in threading.enumerate() if t.name.startswith("ercbatch-score")]
+
+
+def test_the_number_of_threads_changes_no_number() -> None:
+    dialogues = [dialogue for _, dialogue in read_dialogues(Path(CHAT))] * 12
+    found = []
+    for threads in (1, 2, 5):
+        labeler = Labeler("mini", threads=threads, demonstrations=0)
+        assert labeler.engine.scorer.at_once == threads
+        rows = [r for _, _, r in labeler.engine.run((None, d) for d in dialogues)]
+        found.append(np.array([p for some in rows for p in some.values()]))
+    assert len(found[0]) == sum(len(d.utterances) for d in dialogues)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
