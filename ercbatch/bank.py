@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ def search_breadth(wanted: int, size: int) -> int:
     at 384, were found to 100 % among 20,000, 99.7 % among 40,000 and 98.3 % among a million. What
     a search keeps beyond the wanted ones makes these the right ones.
     """
-    return max(wanted + wanted // 2, round(20 * size**0.25))
+    return max(wanted + wanted // 2, round(20 * math.pow(size, 0.25)))
 
 
 def rebuild_index(vectors: Vectors) -> hnswlib.Index:
