@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/performance.sh WORK [DIALOGUES]
 #
-# DIALOGUES is a JSONL file to label (the labelled example by default). FAISS=PYTHON names a Python
-# with faiss. What WORK/results holds already is not measured again. The page is
+# DIALOGUES is a JSONL file to label (the labelled example by default). FAISS_PYTHON names a
+# Python with faiss, if any. What WORK/results holds already is not measured again. The page is
 # WORK/performance.md; to keep it: cp WORK/results/*.json docs/performance/, and
 # python -m benchmarks.performance docs/performance docs/performance.md
 set -euo pipefail
@@ -19,15 +19,15 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore HF_HU
 
 # run NAME MODULE [ARGUMENT...]: saves the last line that a benchmark prints, with its command.
 run() {
-    local name=$1
-    shift
-    [[ -s results/$name.json ]] && return
-    echo "performance: $*" >&2
-    python -m "benchmarks.$@" | tee "$name.log" >&2
+    local name=$1 module=benchmarks.$2
+    shift 2
+    if [[ -s results/$name.json ]]; then return; fi
+    echo "performance: $module $*" >&2
+    python -m "$module" "$@" | tee "$name.log" >&2
     tail -n 1 "$name.log" | python -c '
 import json, sys
 print(json.dumps({"command": sys.argv[1], **json.load(sys.stdin)}, indent=1))
-' "python -m benchmarks.$*" >"results/$name.json.part"
+' "python -m $module${*:+ $*}" >"results/$name.json.part"
     mv "results/$name.json.part" "results/$name.json"
 }
 
@@ -35,7 +35,7 @@ run machine machine
 run throughput throughput
 run limit limit
 run latency latency
-run retrieval retrieval ${FAISS:+--faiss "$FAISS"}
+run retrieval retrieval
 run scaling scaling
 run packed packed "$input"
 run graph graph mini "$input"

@@ -238,7 +238,13 @@ def distinct(demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
 )
 @click.option("--queries", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--faiss", metavar="PYTHON", help="A Python with faiss; default: this, if it has it.")
+@click.option(
+    "--faiss",
+    envvar="FAISS_PYTHON",
+    show_envvar=True,
+    metavar="PYTHON",
+    help="A Python with faiss; default: this one, if it has it.",
+)
 @click.option("--bundle", default="mini", show_default=True, help="Whose encoder embeds.")
 def main(
     sizes: list[int],
