@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/performance.sh WORK [DIALOGUES]
 #
-# DIALOGUES is a JSONL file to label (the labelled example by default). FAISS_PYTHON names a
-# Python with faiss, if any. What WORK/results holds already is not measured again. The page is
+# DIALOGUES is a JSONL file to label (the labelled example by default). The other engines are
+# where `bash benchmarks/peers/setup.sh WORK/peers` has put them; FAISS_PYTHON names a Python with
+# faiss, if any. What WORK/results holds already is not measured again. The page is
 # WORK/performance.md; to keep it: cp WORK/results/*.json docs/performance/, and
 # python -m benchmarks.performance docs/performance docs/performance.md
 set -euo pipefail
@@ -32,8 +33,8 @@ print(json.dumps({"command": sys.argv[1], **json.load(sys.stdin)}, indent=1))
 }
 
 run machine machine
-run throughput throughput
-run limit limit
+run throughput throughput . "$input"
+run limit limit mini "$input"
 run latency latency
 run retrieval retrieval
 run scaling scaling
