@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ _EXACT_BELOW = 2_000
 """Banks smaller than this are searched exactly: it is as fast, and needs no index."""
 _LINKS = 16
 """hnswlib's M: links of an element in the index, twice as many on its lowest level."""
-_CANDIDATES = 32
+CANDIDATES = 32
 """Candidates taken for each demonstration asked for, out of which labels are balanced."""
+_WIDER = 8
+"""Times as many are taken where those hold too few labels, before all of the bank is searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class DemonstrationBank:
             raise ValueError("a bank needs one vector for each demonstration")
         self.demonstrations = tuple(demonstrations)
         self.vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        self._keys = [_key(d.text) for d in self.demonstrations]
+        self._keys = [text_key(d.text) for d in self.demonstrations]
         members: dict[str, list[int]] = {}
         for i, demonstration in enumerate(self.demonstrations):
             members.setdefault(demonstration.label, []).append(i)
@@ -95,7 +98,7 @@ class DemonstrationBank:
         found = []
         for row, query in enumerate(queries):
             label = labels[row] if labels is not None else None
-            banned = {_key(text) for text in exclude[row]} if exclude is not None else set()
+            banned = {text_key(text) for text in exclude[row]} if exclude is not None else set()
             taken = self._search(query, count, label, banned) if count else []
             found.append(tuple(self.demonstrations[i] for i in taken))
         return found
@@ -108,10 +111,11 @@ class DemonstrationBank:
             return self._rounds(self._ranked(query, members), count, banned, 1)[0]
         labels = len(self._by_label)
         if self._index is not None:
-            candidates = self._approximate(self._index, query, count)
-            taken, settled = self._rounds(candidates, count, banned, labels)
-            if settled:
-                return taken
+            for wanted in (count * CANDIDATES, count * CANDIDATES * _WIDER):
+                candidates = self._approximate(self._index, query, wanted)
+                taken, settled = self._rounds(candidates, count, banned, labels)
+                if settled:
+                    return taken
         return self._rounds(self._ranked(query), count, banned, labels)[0]
 
     def _ranked(
@@ -124,11 +128,11 @@ class DemonstrationBank:
         return order if members is None else members[order]
 
     def _approximate(
-        self, index: hnswlib.Index, query: Vectors, count: int
+        self, index: hnswlib.Index, query: Vectors, wanted: int
     ) -> npt.NDArray[np.int64]:
         """The nearest by the index, by falling similarity; none where the index fails."""
-        wanted = min(count * _CANDIDATES, len(self))
-        index.set_ef(max(64, 4 * wanted))
+        wanted = min(wanted, len(self))
+        index.set_ef(search_breadth(wanted, len(self)))
         try:
             ids, distances = index.knn_query(query[None], k=wanted, num_threads=1)
         except RuntimeError:  # many equal vectors can cut an hnsw graph into islands
@@ -163,7 +167,7 @@ class DemonstrationBank:
         kept = [i for i, label in enumerate(renamed) if label is not None]
         return DemonstrationBank(
             [Demonstration(self.demonstrations[i].text, renamed[i] or "") for i in kept],
-            self.vectors[kept],
+            self.vectors if len(kept) == len(self) else self.vectors[kept],
             self._index if len(kept) == len(self) else None,
         )
 
@@ -209,6 +213,16 @@ def build_bank(
 ) -> DemonstrationBank:
     """The bank of these demonstrations, with the encoder's vectors of their texts."""
     return DemonstrationBank(demonstrations, encoder.encode([d.text for d in demonstrations]))
+
+
+def search_breadth(wanted: int, size: int) -> int:
+    """hnswlib's ef: how many elements a search for the `wanted` nearest of `size` keeps in view.
+
+    It grows with the bank, or recall falls: the first three neighbours of real comments, with ef
+    at 384, were found to 100 % among 20,000, 99.7 % among 40,000 and 98.3 % among a million. What
+    a search keeps beyond the wanted ones makes these the right ones.
+    """
+    return max(wanted + wanted // 2, round(20 * math.pow(size, 0.25)))
 
 
 def rebuild_index(vectors: Vectors) -> hnswlib.Index:
@@ -298,7 +312,7 @@ def balance(
     return [d for i, d in enumerate(demonstrations) if i in kept]
 
 
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
     """What makes two texts the same utterance: letters and digits, folded."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(c for c in folded if c.isalnum()) or folded.strip()

@@ -33,7 +33,7 @@ Answer = tuple[int, int, npt.NDArray[np.float64]]
 
 _AHEAD = 4
 """Packs rendered ahead of those that are scored or wait for it."""
-_RETRIEVED_TOGETHER = 64
+RETRIEVED_TOGETHER = 64
 """Utterances embedded in one call of the sentence encoder, at least."""
 _BEGUN = 256
 """Dialogues handed on at most without a pack: blank ones never fill any."""
@@ -223,7 +223,7 @@ class Engine:
             )
             group.append((_Entry(origin, dialogue), asked))
             size += len(asked)
-            if self.retriever is None or size >= _RETRIEVED_TOGETHER:
+            if self.retriever is None or size >= RETRIEVED_TOGETHER:
                 yield from self._asked(group)
                 group, size = [], 0
         yield from self._asked(group)

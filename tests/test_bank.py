@@ -23,6 +23,7 @@ from ercbatch.bank import (
     build_bank,
     read_examples,
     rebuild_index,
+    search_breadth,
 )
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, InputError
@@ -164,6 +165,15 @@ def test_rare_labels_of_a_large_bank_are_not_missed(large_bank: DemonstrationBan
     queries = unit(np.random.default_rng(5).normal(size=(10, 48)))
     for found in large_bank.nearest(queries, 7):
         assert {d.label for d in found} == set("abcdefg")
+
+
+def test_a_search_is_broader_in_a_larger_bank() -> None:
+    """With the breadth of 40,000 vectors, recall@3 among a million is below 98.3 %."""
+    for wanted in (32, 96, 256, 768):
+        breadths = [search_breadth(wanted, size) for size in (2_000, 40_000, 1_000_000)]
+        assert breadths == sorted(breadths)
+        assert breadths[0] >= wanted  # hnswlib finds no more than it keeps in view
+    assert search_breadth(32, 1_000_000) > 2 * search_breadth(32, 40_000)
 
 
 def test_an_index_in_islands_falls_back_to_exact_search() -> None:

@@ -1,0 +1,230 @@
+"""What an utterance costs as dialogues grow longer, as they grow more, and on more threads.
+
+    python -m benchmarks.scaling [BUNDLE]
+
+Sentences are invented, and dialogues of every length say the same ones in the same order: turns are
+as long on average whatever the length. Every case runs in a process of its own, the cases of a
+group in turns, so that a drift of the machine meets all of them. Memory is the peak of what is
+resident in the process (Linux), in MB of 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.options import numbers
+from benchmarks.sentences import converse, invent
+from ercbatch.cli import errors
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.labeler import Labeler
+from ercbatch.onnx_scorer import available_threads
+
+_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+_COUNTS = (100, 1_000, 10_000)
+_FLAT_FROM = 10
+"""Turns from which the cost of an utterance should no longer change: the window is full."""
+_TURNS = 10
+"""Of a dialogue, where other things than its length are measured."""
+_SENTENCES = 5_000
+"""Distinct ones; a longer stream begins again, so that the stream itself takes no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one process labels, whenever it is asked to."""
+
+    bundle: str
+    turns: int
+    dialogues: int
+    threads: int
+
+    @property
+    def utterances(self) -> int:
+        """How many there are in all."""
+        return self.turns * self.dialogues
+
+    def stream(self) -> Iterator[Dialogue]:
+        """The dialogues, one at a time."""
+        texts = [d.text for d in invent(min(self.utterances, _SENTENCES))]
+        return converse(islice(cycle(texts), self.utterances), self.turns)
+
+
+def _label(case: Case, pipe: Connection) -> None:
+    """In a process of its own: open the bundle, and label all whenever one is asked to."""
+    try:
+        labeler = Labeler(case.bundle, threads=case.threads)
+        for _ in labeler.label(islice(case.stream(), 1)):
+            pass
+    except ErcbatchError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        dialogues = case.stream()
+        began = time.perf_counter()
+        for _ in labeler.label(dialogues):
+            pass
+        pipe.send(time.perf_counter() - began)
+
+
+class Worker:
+    """The process of a case.
+
+    Raises:
+        UsageError: the bundle cannot be opened, or the process has ended.
+    """
+
+    def __init__(self, case: Case) -> None:
+        context = get_context("spawn")
+        self.case = case
+        self.seconds: list[float] = []
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_label, args=(case, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        refused = self._answer()
+        if refused:
+            raise UsageError(refused)
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise UsageError(f"labelling ended with {self._process.exitcode}") from None
+
+    def round(self) -> None:
+        """Label all of the case once.
+
+        Raises:
+            UsageError: the process has ended.
+        """
+        self._pipe.send(None)
+        self.seconds.append(self._answer())
+
+    def resident_mb(self) -> float:
+        """The most memory that was ever resident in the process, in MB."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
+        found = dict(line.split(":", 1) for line in status.splitlines())
+        return int(found["VmHWM"].split()[0]) * 1024 / 1e6
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, dict[str, float]]:
+    """Figures of each case, by name; the cases take turns.
+
+    Raises:
+        UsageError: the bundle cannot be opened, or a process ends.
+    """
+    with ExitStack() as stack:
+        workers = {}
+        for name, case in cases.items():
+            workers[name] = Worker(case)
+            stack.callback(workers[name].close)
+        for _ in range(rounds):
+            for worker in workers.values():
+                worker.round()
+        return {
+            name: {
+                "utterances": worker.case.utterances,
+                "ms_per_utterance": round(
+                    1e3 * statistics.median(worker.seconds) / worker.case.utterances, 4
+                ),
+                "resident_mb": round(worker.resident_mb(), 1),
+            }
+            for name, worker in workers.items()
+        }
+
+
+def spread(lengths: Mapping[str, Mapping[str, float]]) -> float | None:
+    """By how much the dearest length exceeds the cheapest (0.1 is 10 %), from `_FLAT_FROM` turns
+    on; None where fewer than two lengths are."""
+    costs = [f["ms_per_utterance"] for turns, f in lengths.items() if int(turns) >= _FLAT_FROM]
+    return round(max(costs) / min(costs) - 1, 4) if len(costs) > 1 else None
+
+
+def show(title: str, found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """The lines of a group's table."""
+    yield f"{title:>12}{'utterances':>14}{'ms each':>10}{'per second':>12}{'resident, MB':>15}"
+    for name, figures in found.items():
+        each = figures["ms_per_utterance"]
+        yield (
+            f"{name:>12}{figures['utterances']:>14,}{each:>10.3f}{1e3 / each:>12.1f}"
+            f"{figures['resident_mb']:>15.1f}"
+        )
+
+
+def _list(values: Sequence[int]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+@click.command()
+@click.argument("bundle", default="mini")
+@click.option("--lengths", default=_list(_LENGTHS), show_default=True, callback=numbers(1))
+@click.option("--dialogues", default=_list(_COUNTS), show_default=True, callback=numbers(1))
+@click.option(
+    "--utterances",
+    type=click.IntRange(1),
+    default=4_000,
+    show_default=True,
+    help="In all, at each length: a multiple of every length.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="But where they vary."
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+def main(
+    bundle: str,
+    lengths: list[int],
+    dialogues: list[int],
+    utterances: int,
+    threads: int,
+    rounds: int,
+) -> None:
+    """Measure how the cost of BUNDLE grows."""
+    for turns in lengths:
+        if utterances % turns:
+            raise click.BadParameter(f"{utterances} utterances make no dialogues of {turns} turns")
+    groups = {
+        "turns": {str(n): Case(bundle, n, utterances // n, threads) for n in lengths},
+        "dialogues": {str(n): Case(bundle, _TURNS, n, threads) for n in dialogues},
+        "threads": {
+            str(n): Case(bundle, _TURNS, max(1, utterances // _TURNS), n)
+            for n in sorted({1, 2, available_threads()})
+        },
+    }
+    result: dict[str, Any] = {"bundle": bundle, "threads_otherwise": threads, "rounds": rounds}
+    for title, cases in groups.items():
+        with errors():
+            result[title] = measure(cases, rounds)
+        for line in show(title, result[title]):
+            click.echo(line)
+    result["spread"] = spread(result["turns"])
+    one, two = (result["threads"][n]["ms_per_utterance"] for n in ("1", "2"))
+    result["two_threads_ratio"] = round(one / two, 3)
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.scaling")

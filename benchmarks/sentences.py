@@ -1,0 +1,50 @@
+"""Invented sentences, as many as are asked for: no dataset is needed to measure speed.
+
+Each is a walk over the words of the sentences that were written for the bundle `mini`: a word is
+followed by one that follows it there. They read oddly, but have the words, the lengths and the
+variety of what people say, which random letters have not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from ercbatch.bank import TEXTS, Demonstration, read_examples
+from ercbatch.bundle import find_bundle
+from ercbatch.dialogues import Dialogue, Utterance
+
+_MOST_WORDS = 40
+
+
+def invent(count: int, seed: int = 0) -> list[Demonstration]:
+    """So many distinct sentences, each with the label of the written one that it begins like."""
+    return list(islice(_walks(random.Random(seed)), count))
+
+
+def _walks(dice: random.Random) -> Iterator[Demonstration]:
+    written = read_examples(find_bundle("mini") / TEXTS)
+    follows: dict[str, list[str]] = {}
+    for sentence in written:
+        words = sentence.text.split()
+        for word, after in zip(words, [*words[1:], ""], strict=True):
+            follows.setdefault(word, []).append(after)
+    seen: set[str] = set()
+    while True:
+        start = dice.choice(written)
+        words = [start.text.split()[0]]
+        while len(words) < _MOST_WORDS and (after := dice.choice(follows[words[-1]])):
+            words.append(after)
+        text = " ".join(words)
+        if text not in seen:
+            seen.add(text)
+            yield Demonstration(text, start.label)
+
+
+def converse(texts: Iterable[str], turns: int) -> Iterator[Dialogue]:
+    """Dialogues of two speakers, so many turns each (the last may have fewer), that say these texts
+    in order."""
+    left = iter(texts)
+    while said := list(islice(left, turns)):
+        yield Dialogue(tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(said)))
