@@ -30,7 +30,8 @@ from ercbatch.tree import Window
 FORMAT = "1.2"
 """Version of the format: another major number is refused, a newer minor one too.
 
-1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`.
+1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`. 1.2: graphs may have attention
+in tiles, and take more inputs.
 """
 
 RUNTIMES = {

@@ -33,11 +33,10 @@ def test_an_error_comes_in_its_place(threads: int) -> None:
             raise ValueError("five")
         return number
 
-    found = []
+    results = in_order(act, range(40), threads)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="five"):
-        for result in in_order(act, range(40), threads):
-            found.append(result)
-    assert found == [0, 1, 2, 3, 4]
+        next(results)
 
 
 def test_no_more_is_taken_than_threads_can_use() -> None:
