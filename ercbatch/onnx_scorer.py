@@ -129,7 +129,8 @@ class OnnxScorer(StateScorer):
     ) -> None:
         self.head = head
         self._path = path
-        size = sum(file.stat().st_size for file in (path, *map(path.with_name, listed)))
+        beside = (path.with_name(name) for name in listed if name.startswith(f"{path.name}."))
+        size = sum(file.stat().st_size for file in (path, *beside))
         self.at_once = 1 if size >= _LARGE else threads
         self._session = open_session(path, threads // self.at_once, listed)
         self._tiles = tiles_of(path, self._session)
