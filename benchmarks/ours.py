@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from benchmarks.graph import packs
 from benchmarks.limit import open_peak
@@ -14,7 +13,6 @@ from benchmarks.peers.engine import Engine, Order, serve
 from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.scoring import calibrated
 
 
 class Ours(Engine):
@@ -27,6 +25,8 @@ class Ours(Engine):
 
     def __init__(self, order: Order) -> None:
         self._labeler = Labeler(order.source, scores=True, threads=order.threads)
+        # Each bundle has a temperature of its own; here the model's probabilities are compared.
+        self._labeler.engine = replace(self._labeler.engine, temperature=1.0)
         self._packed = order.form == "packed"
         self._threads = order.threads
 
@@ -59,8 +59,7 @@ class Ours(Engine):
 
     def _separate(self, dialogues: list[Dialogue]) -> list[list[float]]:
         found, _ = separate(self._labeler, dialogues)
-        temperature = self._labeler.engine.temperature
-        return [calibrated(np.log(row), temperature).tolist() for row in found.values()]
+        return [row.tolist() for row in found.values()]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ class Plan:
     """The request that warms it up."""
     rounds: Sequence[Round]
     trie: AnswerTrie
-    temperature: float
 
 
 def plan(bundle: Path, dialogues: Sequence[Dialogue], count: int) -> Plan:
@@ -63,7 +62,6 @@ def plan(bundle: Path, dialogues: Sequence[Dialogue], count: int) -> Plan:
         _warm_up(engine),
         [_round(engine, asked[number::count]) for number in range(count)],
         engine.renderer.trie,
-        engine.temperature,
     )
 
 

@@ -42,7 +42,6 @@ from ercbatch.bundle import find_bundle
 from ercbatch.cli import errors
 from ercbatch.errors import UsageError
 from ercbatch.records import read_dialogues
-from ercbatch.scoring import calibrated
 
 _CHAT = Path(__file__).resolve().parent.parent / "examples" / "labelled_chat.jsonl"
 """What exports are measured on, as they must be."""
@@ -207,9 +206,7 @@ def agreement(
         pairs = [p for a, b in zip(own, baseline, strict=True) for p in _pairs(a, b)]
         return {"agreement": round(sum(x == y for x, y in pairs) / len(pairs), 5)}
     logits = [row for answer in baseline for row in answer["logits"]]
-    expected = calibrated(
-        np.array([asked.trie.log_probabilities([row]) for row in logits]), asked.temperature
-    )
+    expected = np.exp([asked.trie.log_probabilities([row]) for row in logits])
     rows = np.array([row for a in own for row in a["rows"]])
     return {
         "agreement": round(float((rows.argmax(-1) == expected.argmax(-1)).mean()), 5),
