@@ -103,7 +103,10 @@ def _bounds(seen: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], count: i
     keys = since[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]  # [to, from]
     rows = places[1:, None] - places[None, :-1]
     costs = np.full((pieces, pieces + 1), np.inf)  # of a tile [from, to]
-    costs[:, 1:] = np.where(rows > 0, keys * (rows + _PER_KEY), np.inf).T
+    # Products of one row add up in another order than those of several, and int8 turns that into
+    # whole steps.
+    least = min(2, places[-1])
+    costs[:, 1:] = np.where(rows >= least, keys * (rows + _PER_KEY), np.inf).T
     best = costs[0].copy()
     best[0] = 0
     ways: list[npt.NDArray[np.int64]] = []

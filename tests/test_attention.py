@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,18 @@ from export.model import trace_scorer, traced_attention
 from export.tiles import TILES
 
 
-def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> None:
+@pytest.mark.parametrize("bundle", ["trained here", "mini"])
+def test_an_int8_answer_is_that_of_its_separate_prompt(bundle: str, bundle_folder: Path) -> None:
     """To the last bits: a sum in another order would move int8 activations by whole steps."""
-    labeler = Labeler(str(bundle_folder), demonstrations=0)
+    labeler = Labeler(bundle if bundle == "mini" else str(bundle_folder), demonstrations=0)
     chance = random.Random(3)
     words = "it is gone thank you where my door late again happy fridge no !".split()
-    turns = [Utterance(" ".join(chance.choices(words, k=9)), "AB"[t % 2]) for t in range(90)]
-    dialogues = [Dialogue(tuple(turns[at : at + 9])) for at in range(0, len(turns), 9)]
+    turns = [
+        Utterance(" ".join(chance.choices(words, k=1 + t % 9)), "AB"[t % 2]) for t in range(90)
+    ]
+    # The last ones have one turn each, and so one answer: the first alone in its prompt too.
+    bounds = [*range(0, 81, 9), *range(81, 91)]
+    dialogues = [Dialogue(tuple(turns[a:b])) for a, b in pairwise(bounds)]
     together, _ = label_packed(labeler, dialogues)
     alone, _ = separate(labeler, dialogues)
     temperature = labeler.engine.temperature
@@ -117,6 +123,7 @@ def test_tiles_hold_every_key_that_a_row_sees(count: int) -> None:
         assert tiles.row_counts.sum() == len(pack)
         assert tiles.key_counts.sum() == len(tiles.keys)
         assert (tiles.key_counts > 0).all()
+        assert len(pack) == 1 or 1 not in tiles.row_counts
         sees = visible(pack.ends)[np.ix_(tiles.order, tiles.order)]
         rows = np.split(sees, tiles.row_counts.cumsum()[:-1])
         keys = np.split(tiles.keys, tiles.key_counts.cumsum()[:-1])
