@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ARCHITECTURES, write_model
+from conftest import ARCHITECTURES, CHAT, write_model
 from onnx import NodeProto, TensorProto, helper
 
+from benchmarks.graph import packs
 from benchmarks.packed import packed as label_packed
 from benchmarks.packed import separate
 from ercbatch import Labeler
@@ -20,6 +21,7 @@ from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
 from ercbatch.onnx_scorer import feed, tiles_of
 from ercbatch.packs import Pack, graft, join
+from ercbatch.records import read_dialogues
 from ercbatch.tiles import KEYS, cut, levels
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
 from ercbatch.tree import Question, Read, Segment, Task, lay_out, visible
@@ -30,18 +32,13 @@ from export.model import trace_scorer, traced_attention
 from export.tiles import TILES
 
 
-@pytest.mark.parametrize("bundle", ["trained here", "mini"])
-def test_an_int8_answer_is_that_of_its_separate_prompt(bundle: str, bundle_folder: Path) -> None:
+def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> None:
     """To the last bits: a sum in another order would move int8 activations by whole steps."""
-    labeler = Labeler(bundle if bundle == "mini" else str(bundle_folder), demonstrations=0)
+    labeler = Labeler(str(bundle_folder), demonstrations=0)
     chance = random.Random(3)
     words = "it is gone thank you where my door late again happy fridge no !".split()
-    turns = [
-        Utterance(" ".join(chance.choices(words, k=1 + t % 9)), "AB"[t % 2]) for t in range(90)
-    ]
-    # The last ones have one turn each, and so one answer: the first alone in its prompt too.
-    bounds = [*range(0, 81, 9), *range(81, 91)]
-    dialogues = [Dialogue(tuple(turns[a:b])) for a, b in pairwise(bounds)]
+    turns = [Utterance(" ".join(chance.choices(words, k=9)), "AB"[t % 2]) for t in range(90)]
+    dialogues = [Dialogue(tuple(turns[at : at + 9])) for at in range(0, len(turns), 9)]
     together, _ = label_packed(labeler, dialogues)
     alone, _ = separate(labeler, dialogues)
     temperature = labeler.engine.temperature
@@ -49,6 +46,17 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle: str, bundle_folde
     for key, row in together.items():
         other = alone[key] ** (1 / temperature)
         assert np.abs(other / other.sum() - row).max() < 1e-6
+
+
+def test_an_answer_read_alone_is_the_same_to_the_last_bit() -> None:
+    """A product of one row has a kernel of its own, which adds up in another order."""
+    engine = Labeler("mini", demonstrations=0).engine
+    given = packs(engine, [dialogue for _, dialogue in read_dialogues(CHAT)])
+    for pack in given:
+        together = engine.scorer.states(pack)
+        for read, state in zip(pack.reads, together, strict=True):
+            (alone,) = engine.scorer.states(replace(pack, reads=(read,)))
+            assert np.array_equal(alone, state)
 
 
 UNTILED = {"bloom", "gpt2"}
