@@ -39,7 +39,11 @@ class Chapter:
 CHAPTERS: Mapping[str, Chapter] = {
     "throughput": Chapter(
         "Throughput",
-        "The same dialogues labelled by different engines, in turns.",
+        "The same dialogues labelled by different engines, in turns, with the same prompts: peers "
+        "get them as token ids, and generate one. Weights are random, so near ties are many. "
+        "`baseline` is transformers' `generate`; `best alike` the fastest peer with as many bits; "
+        "`limit` what the needed products with weights would take at the machine's own peak for "
+        "their type; `agreement` the share of answers that are those of transformers in float32.",
         sections.engines,
     ),
     "limit": Chapter(

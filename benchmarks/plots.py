@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#3b82f6", "#e8710a", "#2da44e", "#a371f7", "#d1477a", "#0fa3b1", "#b08800")
 _GREY = "#808080"
-_SHOWN = 10
-"""Bars in a picture, at most."""
-
 Points = Mapping[str, Sequence[tuple[float, float]]]
 """Line -> its points."""
 
@@ -51,11 +48,16 @@ def picture(path: Path, columns: int = 1, height: float = 3.6) -> Iterator[list[
     figure.savefig(path, dpi=110, transparent=True, metadata={"Software": None})
 
 
-def bars(axes: Axes, values: Mapping[str, float], title: str, label: str) -> None:
-    """Horizontal bars in the order given, each with its value at its end."""
-    shown = dict(list(values.items())[:_SHOWN])
-    drawn = axes.barh(list(shown), list(shown.values()), color=_COLOURS[0], height=0.65)
-    axes.bar_label(drawn, [f" {value:,.4g}" for value in shown.values()], color=_GREY)
+def bars(
+    axes: Axes, values: Mapping[str, float], title: str, label: str, *, marked: str = ""
+) -> None:
+    """Horizontal bars in the order given, each with its value at its end.
+
+    Those whose name begins with `marked` have a colour of their own.
+    """
+    colours = [_COLOURS[bool(marked) and name.startswith(marked)] for name in values]
+    drawn = axes.barh(list(values), list(values.values()), color=colours, height=0.65)
+    axes.bar_label(drawn, [f" {value:,.4g}" for value in values.values()], color=_GREY)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.tick_params(axis="y", length=0)

@@ -17,6 +17,13 @@ Section = Callable[[Figures, Path], list[str]]
 
 _SPEEDS = ("utterances_per_second", "per_second")
 """How benchmarks call the speed of an engine."""
+_ASKED = (
+    *("model", "template", "demonstrations", "threads", "utterances"),
+    *("tokens_separate", "tokens_computed", "tokens_needed"),
+)
+"""What engines were asked, and what that takes: tokens are for each utterance."""
+_SHOWN = 10
+"""Operators in a picture, at most."""
 
 _SEARCHES = {
     "recall_at_1": ("recall@1", ".4f"),
@@ -99,8 +106,14 @@ def engines(figures: Figures, path: Path) -> list[str]:
     known = {name: float(speed) for name, speed in speeds.items() if speed is not None}
     fastest = dict(sorted(known.items(), key=lambda pair: -pair[1]))
     with picture(path.with_suffix(".png"), height=1.2 + 0.42 * len(fastest)) as (axes,):
-        bars(axes, fastest, "Utterances labelled a second", "utterances/s")
-    return [*link(path, "utterances a second of each engine"), *named("engine", found)]
+        bars(axes, fastest, "Utterances labelled a second", "utterances/s", marked="ours")
+    ranked = {name: found[name] for name in (*fastest, *(n for n in found if n not in fastest))}
+    said = [f"{key.replace('_', ' ')} {value}" for key in _ASKED if (value := figures.get(key))]
+    return [
+        *link(path, "utterances a second of each engine"),
+        *([f"{'; '.join(said)}.", ""] if said else []),
+        *named("engine", ranked),
+    ]
 
 
 def latency(figures: Figures, path: Path) -> list[str]:
@@ -220,7 +233,8 @@ def graph(figures: Figures, path: Path) -> list[str]:
     text = link(path, "milliseconds of each operator in one pass")
     with picture(path.with_suffix(".png"), len(found)) as axes:
         for one, (name, own) in zip(axes, found.items(), strict=True):
-            taken = {kind: 1e3 * o["seconds"] for kind, o in own["operators"].items()}
+            slowest = list(own["operators"].items())[:_SHOWN]
+            taken = {kind: 1e3 * operator["seconds"] for kind, operator in slowest}
             bars(one, taken, f"One pass of {name}", "ms")
     text += [
         f"{figures['utterances']:,} utterances, {figures['tokens']:,} tokens in "
