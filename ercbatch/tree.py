@@ -311,7 +311,9 @@ class _Scene:
         """Questions (ascending) grouped by the trunk that they share: (first turn, questions).
 
         A block starts where the window says, unless a prompt would not fit from there: then that
-        question opens a block of its own, which starts at the oldest turn that fits.
+        question opens another, which starts at the oldest turn that fits. Where questions of the
+        same stride follow, it takes up half of the room, so that they fit into it as well: else
+        each would need a full block of its own.
         """
         head = len(self._renderer.head)
         longest = max((len(c.path) for c in self._renderer.trie.choices), default=0)
@@ -330,7 +332,8 @@ class _Scene:
             wanted = max(0, first - self._window.turns)
             start = blocks[-1][0] if blocks and wanted == previous else wanted
             if before[stop] - before[start] > room:
-                start = int(np.searchsorted(before, before[stop] - room))
+                follow = (question.utterance + 1) % self._window.stride != 0
+                start = int(np.searchsorted(before, before[stop] - (room // 2 if follow else room)))
                 start = max(min(start, stop - 1), wanted)
             if blocks and wanted == previous and start == blocks[-1][0]:
                 blocks[-1][1].append((question, branch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,23 @@ def test_too_long_a_prompt_loses_its_oldest_turns_never_the_question(
         assert len(alone) <= 200
         assert start <= read.question.utterance
     assert starts[asked[-1]] > 4  # some turns were dropped
+
+
+def test_questions_after_one_that_was_too_long_share_its_block(tokenizer: SegmentTokenizer) -> None:
+    window = Window(12, 8, max_tokens=200, max_utterance_tokens=30)
+    renderer = Renderer(tokenizer, template("compact"), window, LABELS)
+    dialogue = Dialogue(tuple(Utterance("door " * 9 + str(n)) for n in range(40)))
+    asked = [Question(Task.EMOTION, t) for t in range(40)]
+    trees = renderer.trees(dialogue, asked)
+    assert len(trees) <= 40 / 2
+    for tree in trees:
+        assert max(tree.positions) < 200
+    # With the paper's window nobody follows, and one turn more would be too much.
+    alone = Renderer(tokenizer, template("compact"), replace(window, stride=1), LABELS)
+    for question, start in alone.starts(dialogue, asked[20:]).items():
+        assert start > question.utterance - 12
+        assert len(alone.separate_prompt(dialogue, question, start=start)) <= 200
+        assert len(alone.separate_prompt(dialogue, question, start=start - 1)) > 200
 
 
 def test_ends_follow_the_rule_of_the_design() -> None:
