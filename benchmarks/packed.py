@@ -17,12 +17,12 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.graph import asked
+from benchmarks.graph import asked, packs
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.packs import join
-from ercbatch.pipeline import Engine
+from ercbatch.packs import Pack, join
+from ercbatch.pipeline import Engine, in_order
 from ercbatch.records import read_dialogues
 from ercbatch.tree import Question, Read, Segment, lay_out
 
@@ -36,25 +36,26 @@ def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
         for number, _, rows in labeler.engine.run(enumerate(dialogues))
         for t, row in rows.items()
     }
-    renderer = labeler.engine.renderer
-    tokens = sum(
-        len(tree)
-        for dialogue in dialogues
-        for tree in renderer.trees(dialogue, asked(labeler.engine, dialogue))
-    )
-    return found, tokens
+    return found, sum(map(len, packs(labeler.engine, dialogues)))
 
 
 def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
-    """The same with one prompt, one run of the model, for each utterance."""
-    engine, found, tokens = labeler.engine, {}, 0
-    for number, dialogue in enumerate(dialogues):
-        for question, ids in prompts(engine, dialogue):
-            prompt = join([(number, lay_out(Segment(ids, read=Read(question, 0))))])
-            tokens += len(ids)
-            for _, t, logs in engine.scorer.answers(prompt, engine.renderer.trie):
-                found[number, t] = np.exp(logs)
-    return found, tokens
+    """The same with one prompt, one run of the model, for each utterance, on as many threads."""
+    engine = labeler.engine
+    found: Answers = {}
+
+    def answered(prompt: Pack) -> list[tuple[int, int, npt.NDArray[np.float64]]]:
+        return list(engine.scorer.answers(prompt, engine.renderer.trie))
+
+    given = [
+        join([(number, lay_out(Segment(ids, read=Read(question, 0))))])
+        for number, dialogue in enumerate(dialogues)
+        for question, ids in prompts(engine, dialogue)
+    ]
+    for answers in in_order(answered, given, engine.scorer.at_once):
+        for number, t, logs in answers:
+            found[number, t] = np.exp(logs)
+    return found, sum(map(len, given))
 
 
 def prompts(engine: Engine, dialogue: Dialogue) -> Iterator[tuple[Question, list[int]]]:
