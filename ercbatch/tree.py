@@ -58,7 +58,7 @@ class Window:
     """
 
     turns: int = 12
-    stride: int = 8
+    stride: int = 24
     future: int = 0
     max_tokens: int = 1024
     max_utterance_tokens: int = 160

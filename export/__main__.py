@@ -193,9 +193,21 @@ def bundle(
     help="A label set of the bundle and dialogues labelled with it (meld=dev.jsonl); repeatable.",
 )
 @click.option("--name", help="The new bundle's name; default: as it is.")
+@click.option("--turns", type=click.IntRange(0), help="Earlier turns in view; default: as it is.")
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="The window moves by so many turns; default: as it is. More is cheaper in long dialogues.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def calibrate(
-    bundle_name: str, output: Path, given: tuple[str, ...], name: str | None, force: bool
+    bundle_name: str,
+    output: Path,
+    given: tuple[str, ...],
+    name: str | None,
+    turns: int | None,
+    stride: int | None,
+    force: bool,
 ) -> None:
     """Write BUNDLE calibrated anew, on labelled dialogues of your own."""
     from ercbatch.bundle import find_bundle, open_bundle
@@ -212,7 +224,9 @@ def calibrate(
         sources.append((labels, Path(path)))
     with errors(), stoppable():
         opened = open_bundle(find_bundle(bundle_name))
-        info = recalibrate(opened, sources, output, name=name, force=force)
+        info = recalibrate(
+            opened, sources, output, name=name, turns=turns, stride=stride, force=force
+        )
     click.echo(summary(info, output, {labels for labels, _ in sources}))
 
 

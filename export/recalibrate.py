@@ -27,20 +27,31 @@ def recalibrate(
     folder: Path,
     *,
     name: str | None = None,
+    turns: int | None = None,
+    stride: int | None = None,
     force: bool = False,
 ) -> BundleInfo:
     """Write the bundle with temperatures, figures and card from labelled dialogues.
 
     `given` are names of its label sets, and files of dialogues that have these labels. The other
-    label sets keep what they have, and by default the bundle its `name`.
+    label sets keep what they have, and by default the bundle its `name` and its window of so many
+    earlier `turns` that moves by `stride`. With another window the other label sets keep their
+    temperatures, but no figures, since those were measured with the old one.
 
     Raises:
         InputError: the dialogues have no labels, or labels outside the set.
-        UsageError: the bundle has no such label set, or `folder` exists.
+        UsageError: the bundle has no such label set, a window out of range, or `folder` exists.
         OutputError: it cannot be written.
     """
     read = [bundle.folder, *(path for _, path in given)]
     check_output(folder, files.MANIFEST, force=force, inputs=read)
+    old = bundle.info.window
+    window = replace(
+        old,
+        turns=old.turns if turns is None else turns,
+        stride=old.stride if stride is None else stride,
+    )
+    bundle = replace(bundle, info=replace(bundle.info, window=window))
     datasets = [
         read_dataset(Source(str(path), labels), bundle.info.label_set(labels))
         for labels, path in given
@@ -60,7 +71,8 @@ def recalibrate(
     calibration = calibrate_sets(said)
     # A figure's name begins with its label set.
     anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
-    kept = {title: old for title, old in bundle.info.quality.items() if not title.startswith(anew)}
+    same = window == old
+    kept = {t: f for t, f in bundle.info.quality.items() if same and not t.startswith(anew)}
     lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in bundle.info.accepted_loss)
     info = replace(
         bundle.info,
@@ -68,7 +80,7 @@ def recalibrate(
         format=files.FORMAT,
         accepted_loss=lost,
         quality={**kept, **quality},
-        calibration={**bundle.info.calibration, **calibration},
+        calibration={**(bundle.info.calibration if same else {}), **calibration},
         temperatures={**bundle.info.temperatures, **temperatures(calibration)},
     )
 

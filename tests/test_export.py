@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from test_graph import pack
 
 from ercbatch import bundle as files
-from ercbatch.bundle import open_bundle, read_info, write_bundle
+from ercbatch.bundle import find_bundle, open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.onnx_scorer import check_full_range
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
@@ -420,6 +421,17 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
+    # With another window, what was measured with the old one is said no more.
+    moved = python(
+        *("-m", "export", "calibrate", "mini", "-o", tmp_path / "moved", "--turns", "3"),
+        *("--stride", "2", "--valid", f"meld={VALID}"),
+    )
+    assert moved.returncode == 0, moved.stderr
+    before, after = read_info(find_bundle("mini")), read_info(tmp_path / "moved")
+    assert after.window == replace(before.window, turns=3, stride=2)
+    assert after.temperatures.keys() == before.temperatures.keys()
+    assert list(after.quality) == ["meld, labelled_chat_valid"]
+    assert list(after.calibration) == ["meld"]
     other = tmp_path / "other.jsonl"
     other.write_text('{"utterances": [{"text": "oh", "label": "sleepy"}]}\n')
     for given, code, words in (

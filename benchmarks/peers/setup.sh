@@ -11,18 +11,20 @@ set -uo pipefail
 folder=${1:?usage: setup.sh FOLDER}
 failed=()
 
-# NAME IMPORTS REQUIREMENT...
+# NAME CHECK REQUIREMENT...: CHECK is Python that fails unless the environment is complete.
 environment() {
-    local name=$1 imports=$2 python=$folder/$1/bin/python
+    local name=$1 check=$2 python=$folder/$1/bin/python
     shift 2
-    if "$python" -c "import $imports" 2>/dev/null; then
+    if "$python" -c "$check" 2>/dev/null; then
         echo "$name: is there"
         return
     fi
     echo "$name: installing $*"
     python3 -m venv "$folder/$name" &&
         "$python" -m pip install --quiet "$@" &&
-        "$python" -c "import $imports" ||
+        # optimum-intel brings it, built for another torch, and then cannot be imported itself.
+        "$python" -m pip uninstall --quiet --yes torchvision &&
+        "$python" -c "$check" ||
         failed+=("$name")
 }
 
@@ -30,13 +32,13 @@ mkdir -p "$folder"
 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL
 
-environment llamacpp "gguf, llama_cpp" llama-cpp-python==0.3.36 gguf==0.19.0
-environment ct2 "ctranslate2, torch, transformers" \
+environment llamacpp "import gguf, llama_cpp" llama-cpp-python==0.3.36 gguf==0.19.0
+environment ct2 "import ctranslate2, torch, transformers" \
     torch==2.13.0 ctranslate2==4.8.5 transformers==4.57.6
-environment ortgenai "onnxruntime_genai, onnx_ir, torch" \
+environment ortgenai "import onnxruntime_genai, onnx_ir, torch" \
     torch==2.13.0 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0 \
     'transformers>=5,<6'
-environment openvino "openvino_genai, optimum.intel" \
+environment openvino "import openvino_genai; from optimum.intel import OVModelForCausalLM" \
     torch==2.13.0 openvino-genai==2026.4.1.0 'optimum-intel[openvino]==2.2.0'
 
 if ((${#failed[@]})); then
