@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
-from ercbatch.errors import ErcbatchError, MissingExtraError, OutputError
+from ercbatch.errors import ErcbatchError, MissingExtraError, OutputError, UsageError
 
 FINISHED_WITH_REJECTS = 3
+STOPPED = 75
 CLOSED_PIPE = 141
 
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
@@ -31,7 +32,11 @@ class Failure(click.ClickException):
 
 
 class _Stopped(BaseException):
-    """A signal asked the run to stop."""
+    """A signal of this number asked the run to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
 
 
 @contextmanager
@@ -53,24 +58,80 @@ def errors() -> Iterator[None]:
         raise Failure(full) from error
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
+class _Stopper:
+    """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded."""
 
-    def stop(number: int, frame: object) -> NoReturn:
+    def __init__(self) -> None:
+        self._shielded = False
+        self._noted: int | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise _Stopped(number)
+        if not self._shielded:
+            raise _Stopped(number)
+        self._noted = number
 
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Within it no signal is raised; shields don't nest."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._noted is not None:
+            noted, self._noted = self._noted, None
+            raise _Stopped(noted)
+
+
+@contextmanager
+def stoppable() -> Iterator[_Stopper]:
+    """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
+    stop = _Stopper()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     except _Stopped as stopped:
-        number = stopped.args[0]
-        click.echo(f"ercbatch: stopped by {signal.Signals(number).name}", err=True)
-        sys.exit(128 + number)
+        click.echo(f"ercbatch: {stopped}", err=True)
+        sys.exit(128 + stopped.number)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
+    """Says how to go on with a labelling run that ends early, if one can."""
+    from ercbatch.output import JOURNAL
+    from ercbatch.run import can_resume
+
+    try:
+        yield
+    except (UsageError, OutputError):
+        raise
+    except BaseException as error:
+        begun = output is not None and output.with_name(output.name + JOURNAL).exists()
+        again = begun and can_resume(inputs)
+        if isinstance(error, _Stopped):
+            click.echo(f"ercbatch: {error}", err=True)
+        if again:
+            click.echo(f"ercbatch: to go on: {_resuming(sys.argv)}", err=True)
+        elif begun:
+            click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
+        if isinstance(error, _Stopped):
+            # Threads may be at work on packs, or wait for input: none of them is waited for.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STOPPED if again else 128 + error.number)
+        raise
+
+
+def _resuming(argv: Sequence[str]) -> str:
+    """The command that goes on with the one that was given."""
+    module = Path(argv[0]).name == "__main__.py"
+    program = ["python", "-m", "ercbatch"] if module else [Path(argv[0]).name]
+    given = [word for word in argv[1:] if word not in ("--force", "--resume")]
+    return shlex.join([*program, *given, "--resume"])
 
 
 @click.group(
@@ -123,6 +184,47 @@ def main() -> None:
 @click.option(
     "--max-errors", type=click.IntRange(0), metavar="N", help="Give up after N bad lines."
 )
+@click.option(
+    "--max-line-bytes",
+    type=click.IntRange(1),
+    default=64 << 20,
+    show_default=True,
+    metavar="N",
+    help="A longer line is a bad one.",
+)
+@click.option(
+    "--max-turns",
+    type=click.IntRange(1),
+    default=100_000,
+    show_default=True,
+    metavar="N",
+    help="A dialogue of more turns is a bad line.",
+)
+@click.option(
+    "--max-characters",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    metavar="N",
+    help="An utterance of more characters makes its dialogue a bad line.",
+)
+@click.option(
+    "--max-file-bytes",
+    type=click.IntRange(1),
+    default=1 << 40,
+    show_default=True,
+    metavar="N",
+    help="Give up on a compressed file that holds more.",
+)
+@click.option(
+    "--commit-every",
+    type=click.FloatRange(0.01, 5),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Bring what is labelled to the disk so often.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped, if there is one.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Processor threads.")
 @click.option(
@@ -145,6 +247,12 @@ def label(
     scores: bool,
     rejects: Path | None,
     max_errors: int | None,
+    max_line_bytes: int,
+    max_turns: int,
+    max_characters: int,
+    max_file_bytes: int,
+    commit_every: float,
+    resume: bool,
     force: bool,
     threads: int | None,
     runtime: str,
@@ -154,9 +262,9 @@ def label(
     """Label JSONL dialogues: files, folders, globs, or - for stdin; .gz and .zst too."""
     if not quiet:
         click.echo(f"ercbatch: loading bundle {bundle}", err=True)
-    with errors(), stoppable():
+    with errors(), stoppable() as stop:
         from ercbatch.labeler import Labeler
-        from ercbatch.records import expand_inputs
+        from ercbatch.records import Limits, expand_inputs
         from ercbatch.run import RunOptions, dry_run_label, run_label
 
         def load() -> Labeler:
@@ -179,23 +287,26 @@ def label(
             output=None if output == Path("-") else output,
             rejects=rejects,
             max_errors=max_errors,
+            limits=Limits(max_line_bytes, max_turns, max_characters, max_file_bytes),
+            commit_seconds=commit_every,
+            resume=resume,
             force=force,
             quiet=quiet,
         )
         if dry_run:
             click.echo(dry_run_label(load, options))
             return
-        summary = run_label(load, options)
-        counts = summary.counts
+        with _resumable(options.output, options.inputs):
+            summary = run_label(load, options, stop.shield)
         if not quiet:
             speed = summary.utterances / max(summary.seconds, 1e-9)
             click.echo(
-                f"ercbatch: {counts.accepted:,} dialogues, {summary.utterances:,} utterances in "
-                f"{summary.seconds:.1f} s ({speed:,.0f}/s); {counts.rejected:,} lines rejected, "
-                f"{counts.blank:,} blank",
+                f"ercbatch: {summary.labelled:,} dialogues, {summary.utterances:,} utterances in "
+                f"{summary.seconds:.1f} s ({speed:,.0f}/s); {summary.rejected:,} lines rejected, "
+                f"{summary.blank:,} blank",
                 err=True,
             )
-        if counts.rejected:
+        if summary.rejected:
             sys.exit(FINISHED_WITH_REJECTS)
 
 

@@ -5,6 +5,7 @@ ErcbatchError                 exit 1
 │   └── MissingExtraError     an optional dependency is not installed
 ├── InputError                exit 4: an input file cannot be used at all
 ├── OutputError               exit 1: an output cannot be written
+├── StoppedError              exit 75: an output cannot be written on; the run can be gone on with
 ├── LossError                 exit 1: a bundle would fall short of the model it is made from
 ├── RecordError               one input line is bad: it becomes a reject, the run goes on
 └── BundleError               exit 4: a bundle is missing, altered, or not for this program
@@ -40,6 +41,12 @@ class InputError(ErcbatchError):
 
 class OutputError(ErcbatchError):
     """An output cannot be written: the disk is full, say."""
+
+
+class StoppedError(ErcbatchError):
+    """A run cannot write on; what it has committed is safe."""
+
+    exit_code = 75
 
 
 class LossError(ErcbatchError):

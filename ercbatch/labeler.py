@@ -17,7 +17,7 @@ from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialog
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.onnx_scorer import available_threads
-from ercbatch.pipeline import Engine, Retriever
+from ercbatch.pipeline import Engine, Restart, Retriever
 from ercbatch.prompts import template
 from ercbatch.scorers import AUTO, choose_runtime, open_scorer
 from ercbatch.tokens import SegmentTokenizer
@@ -135,20 +135,25 @@ class Labeler:
             RecordError: a record is not a dialogue.
         """
         stream = ((None, dialogue_from(dialogue)) for dialogue in dialogues)
-        for _, labeled in self.label_items(stream):
+        for _, labeled, _ in self.label_items(stream):
             assert labeled is not None  # every item of this stream is a dialogue
             yield labeled
 
     def label_items(
-        self, items: Iterable[tuple[T, Dialogue | None]]
-    ) -> Iterator[tuple[T, LabeledDialogue | None]]:
-        """Label (origin, dialogue) pairs; a pair without a dialogue passes through in place."""
-        for origin, dialogue, rows in self.engine.run(items):
-            if dialogue is None:
-                yield origin, None
-                continue
-            answers = tuple(self._answer(rows.get(t)) for t in range(len(dialogue.utterances)))
-            yield origin, LabeledDialogue(dialogue, answers)
+        self, items: Iterable[tuple[T, Dialogue | None]], replayed: int = 0, trees: int = 0
+    ) -> Iterator[tuple[T, LabeledDialogue | None, Restart[T]]]:
+        """Label (origin, dialogue) pairs; a pair without a dialogue passes through in place.
+
+        With each comes the place from which a run could go on after it. One that does reads from
+        there and is given its numbers: see `Restart`.
+        """
+        for found in self.engine.answered(items, replayed, trees):
+            labeled = None
+            if found.dialogue is not None:
+                count = len(found.dialogue.utterances)
+                answers = tuple(self._answer(found.rows.get(t)) for t in range(count))
+                labeled = LabeledDialogue(found.dialogue, answers)
+            yield found.origin, labeled, found.restart
 
     def _answer(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
         if probabilities is None:

@@ -2,7 +2,8 @@
 
 Rendering (tokenizing, retrieving, packing) runs in a thread of its own, a few packs ahead of those
 that score; the matrix products release Python's lock. Which dialogues share a pack depends on
-nothing but their order, so a run over the same input computes the same packs.
+nothing but their order, so a run over the same input computes the same packs; and with each
+dialogue that is answered comes the place from which a later run must read to go on with those.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
                 raise value
     finally:
         stopped.set()
-        thread.join(timeout=5)
+        thread.join(timeout=0.2)  # unless it waits for input
 
 
 def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterator[R]:
@@ -94,7 +95,7 @@ def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterat
         while running:
             yield running.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,41 @@ class Retriever:
         return [of_text[text] for text in texts]
 
 
-@dataclass(slots=True)
-class _Entry(Generic[T]):
-    """A dialogue under way, with what the caller knows it by."""
+@dataclass(frozen=True, slots=True)
+class Restart(Generic[T]):
+    """Where a run that goes on after an item must begin, so that it computes the same packs.
+
+    It reads the item `origin`, and of the items from there on replays so many: their answers are
+    known. The first `trees` of them went into packs that are done with.
+    """
+
+    origin: T
+    items: int
+    trees: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered(Generic[T]):
+    """An item, with the probabilities [labels] of its utterances by index."""
 
     origin: T
     dialogue: Dialogue | None
+    rows: Mapping[int, npt.NDArray[np.float64]]
+    restart: Restart[T]
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    """A dialogue under way, with what the caller knows it by.
+
+    `group` are the number and the origin of the first item whose demonstrations are retrieved with
+    its own: it cannot be replayed without those.
+    """
+
+    origin: T
+    dialogue: Dialogue | None
+    group: tuple[int, T]
+    restart: Restart[T] | None = None
     waiting: int = 0
     """Questions not yet answered."""
     rows: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
@@ -158,17 +188,26 @@ class Engine:
         Utterances with blank text are not asked about. An item without a dialogue passes through
         in its place.
         """
+        for answered in self.answered(items):
+            yield answered.origin, answered.dialogue, dict(answered.rows)
+
+    def answered(
+        self, items: Iterable[tuple[T, Dialogue | None]], replayed: int = 0, trees: int = 0
+    ) -> Iterator[Answered[T]]:
+        """The same, going on after the first `replayed` items: see `Restart`."""
         waiting: deque[_Entry[T]] = deque()
-        packs = prefetch(self._packs(items), _AHEAD)
+        packs = prefetch(self._packs(items, replayed, trees), _AHEAD)
         for begun, owners, answers in in_order(self._answered, packs, self.scorer.at_once):
             waiting.extend(begun)
             for owner, utterance, probabilities in answers:
-                entry = owners[owner]
-                entry.rows[utterance] = probabilities
-                entry.waiting -= 1
+                entry = owners.get(owner)
+                if entry is not None:
+                    entry.rows[utterance] = probabilities
+                    entry.waiting -= 1
             while waiting and not waiting[0].waiting:
                 done = waiting.popleft()
-                yield done.origin, done.dialogue, done.rows
+                assert done.restart is not None  # it was packed
+                yield Answered(done.origin, done.dialogue, done.rows, done.restart)
 
     def _answered(
         self, step: _Step[T]
@@ -180,52 +219,72 @@ class Engine:
         answers = [(owner, t, calibrated(logs, self.temperature)) for owner, t, logs in found]
         return step.begun, step.owners, answers
 
-    def _packs(self, items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[_Step[T]]:
-        """Packs in order."""
+    def _packs(
+        self, items: Iterable[tuple[T, Dialogue | None]], replayed: int, done: int
+    ) -> Iterator[_Step[T]]:
+        """Packs in order, but those that hold replayed items alone, or the first `done` trees."""
         packer = Packer(self.pack_tokens, len(self.renderer.head))
         begun: list[_Entry[T]] = []
         open_: dict[int, _Entry[T]] = {}
 
-        def owners(packed: Pack) -> dict[int, _Entry[T]]:
+        def step(packed: Pack | None) -> _Step[T]:
+            if packed is None:
+                return _Step(begun)
             named = {owner for _, owner, _ in packed.reads}
-            mine = {owner: open_[owner] for owner in named}
+            mine = {owner: open_[owner] for owner in named if owner in open_}
             # A dialogue's trees follow each other: those before this pack's last are complete.
             for number in [n for n in open_ if n < max(named)]:
                 del open_[number]
-            return mine
+            return _Step(begun, mine, packed if mine else None)
 
+        first: tuple[tuple[int, T], int] | None = None
+        """The group of the first item in the open pack, and the group's trees before that pack."""
+        group, trees = -1, 0
         for number, (entry, questions) in enumerate(self._questions(items)):
-            entry.waiting = len(questions)
-            begun.append(entry)
+            if entry.group[0] != group:
+                group, trees = entry.group[0], 0
+            if number >= replayed:
+                entry.waiting = len(questions)
+                begun.append(entry)
             if entry.dialogue is not None and questions:
-                open_[number] = entry
+                if number >= replayed:
+                    open_[number] = entry
                 for tree in self.renderer.trees(entry.dialogue, questions):
-                    full = packer.add(number, tree)
-                    if full is not None:
-                        yield _Step(begun, owners(full), full)
-                        begun = []
+                    if done:
+                        done -= 1
+                    else:
+                        full = packer.add(number, tree)
+                        if full is not None:
+                            yield step(full)
+                            begun = []
+                        if full is not None or first is None:
+                            first = entry.group, trees
+                    trees += 1
+            (at, origin), before = first or (entry.group, trees)
+            entry.restart = Restart(origin, number - at + 1, before)
             if len(begun) >= _BEGUN:
                 yield _Step(begun)
                 begun = []
-        last = packer.rest()
-        yield _Step(begun) if last is None else _Step(begun, owners(last), last)
+        yield step(packer.rest())
 
     def _questions(
         self, items: Iterable[tuple[T, Dialogue | None]]
     ) -> Iterator[tuple[_Entry[T], list[Question]]]:
         group: list[tuple[_Entry[T], list[int]]] = []
         size = 0
-        for origin, dialogue in items:
+        head: tuple[int, T] | None = None
+        for number, (origin, dialogue) in enumerate(items):
             asked = (
                 [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
                 if dialogue is not None
                 else []
             )
-            group.append((_Entry(origin, dialogue), asked))
+            head = head or (number, origin)
+            group.append((_Entry(origin, dialogue, head), asked))
             size += len(asked)
             if self.retriever is None or size >= RETRIEVED_TOGETHER:
                 yield from self._asked(group)
-                group, size = [], 0
+                group, size, head = [], 0, None
         yield from self._asked(group)
 
     def _asked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -43,7 +44,7 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total, speed="") if self._bar else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -62,7 +63,7 @@ class Progress:
         """Since the start."""
         return time.monotonic() - self._began
 
-    def update(self, utterances: int, rejects: int, done: int) -> None:
+    def count(self, utterances: int, rejects: int, done: int) -> None:
         """Count some utterances; `done` bytes of the input lie behind."""
         self.utterances += utterances
         now = time.monotonic()

@@ -31,19 +31,34 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
 _RAW = 200
 """Characters of a bad line that its reject shows."""
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
-MOST_LINE_BYTES = 64 << 20
-MOST_TURNS = 100_000
 _DEEPEST = 250
 """Levels of nesting. orjson reads 1,024, but writes only 254."""
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is taken from an input: beyond, a line is a reject, and a file is given up."""
+
+    line_bytes: int = 64 << 20
+    turns: int = 100_000
+    characters: int = 1_000_000
+    """Of an utterance's text."""
+    file_bytes: int = 1 << 40
+    """Of a compressed file's content."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
-    """Where a line stands: `line` from 1, `byte` its offset in the decompressed file."""
+    """Where a line stands: `line` from 1, `byte` its offset in the decompressed file, `end` that of
+    the next line."""
 
     file: str
     line: int
     byte: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,41 +217,53 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
-def read_records(name: str, counts: Counts) -> Iterator[Accepted | Reject]:
+def read_records(
+    name: str, counts: Counts, limits: Limits = DEFAULT_LIMITS, start: tuple[int, int] = (0, 0)
+) -> Iterator[Accepted | Reject]:
     """Every line of an input that is not blank, in order; `counts` is kept up to date.
 
-    Lines are split at \\n only; \\r\\n and a byte order mark at the start are tolerated. A line of
-    over 64 MiB is skipped without being held in memory. Numbers with a point or an exponent are
+    Lines are split at \\n only; \\r\\n and a byte order mark at the start are tolerated. A line
+    over the limit is skipped without being held in memory. Numbers with a point or an exponent are
     read as 64-bit floats, integers exactly or not at all; of duplicate keys the last one counts.
+    The first `start` = (lines, bytes) are passed over.
 
-    Reject codes: encoding, json, number, too_deep, too_long, too_many_turns, and those of
-    `parse_dialogue`.
+    Reject codes: encoding, json, number, too_deep, too_long, text_too_long, too_many_turns, and
+    those of `parse_dialogue`.
 
     Raises:
-        InputError: the file breaks off, or is UTF-16.
+        InputError: the file breaks off, is UTF-16, or a compressed one holds too much.
     """
     # A file name need not be UTF-8, but a reject is.
     shown = "<stdin>" if name == STDIN else os.fsencode(name).decode("utf-8", "replace")
     with open_input(name) as stream:
-        number = byte = 0
+        number, byte = start
+        compressed = not isinstance(stream, io.BufferedReader) or isinstance(
+            stream.raw, _ZstdReader
+        )
+        try:
+            _pass_over(stream, byte)
+        except _BROKEN as error:
+            raise _broken(shown, number, error) from error
         while True:
             try:
-                line = stream.readline(MOST_LINE_BYTES + 1)
+                line = stream.readline(limits.line_bytes + 1)
                 size = len(line)
-                long = size > MOST_LINE_BYTES
+                long = size > limits.line_bytes
                 if long:
                     size += 0 if line.endswith(b"\n") else _skip_line(stream)
                     line = line[: 4 * _RAW]
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                raise InputError(
-                    f"{shown}, after line {number}: the file is broken there ({error}): "
-                    "fetch or compress it again"
-                ) from error
+            except _BROKEN as error:
+                raise _broken(shown, number, error) from error
             if not size:
                 return
             number += 1
-            at = Line(shown, number, byte)
+            at = Line(shown, number, byte, byte + size)
             byte += size
+            if compressed and byte > limits.file_bytes:
+                raise InputError(
+                    f"{shown}, line {number}: it decompresses to over {limits.file_bytes:,} bytes: "
+                    "if it is no bomb, give a higher --max-file-bytes"
+                )
             if number == 1:
                 if line.startswith(_UTF_16):
                     raise InputError(f"{shown}: UTF-16 text: convert it to UTF-8 (iconv -t UTF-8)")
@@ -247,8 +274,8 @@ def read_records(name: str, counts: Counts) -> Iterator[Accepted | Reject]:
                 continue
             try:
                 if long:
-                    raise RecordError("too_long", f"the line has over {MOST_LINE_BYTES:,} bytes")
-                dialogue = _parse(line)
+                    raise RecordError("too_long", f"the line has over {limits.line_bytes:,} bytes")
+                dialogue = _parse(line, limits)
             except RecordError as error:
                 counts.rejected += 1
                 raw = line[: 4 * _RAW].decode("utf-8", "replace").rstrip("\r\n")[:_RAW]
@@ -275,7 +302,7 @@ def dump_record(record: object) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _parse(line: bytes) -> Dialogue:
+def _parse(line: bytes, limits: Limits) -> Dialogue:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -291,8 +318,12 @@ def _parse(line: bytes) -> Dialogue:
     if _LONG_NUMBER.search(line):
         json.loads(line, parse_int=_check_integer)
     dialogue = parse_dialogue(value)
-    if len(dialogue.utterances) > MOST_TURNS:
-        raise RecordError("too_many_turns", f"the dialogue has over {MOST_TURNS:,} turns")
+    if len(dialogue.utterances) > limits.turns:
+        raise RecordError("too_many_turns", f"the dialogue has over {limits.turns:,} turns")
+    for turn, utterance in enumerate(dialogue.utterances, start=1):
+        if len(utterance.text) > limits.characters:
+            reason = f"turn {turn}: its text has over {limits.characters:,} characters"
+            raise RecordError("text_too_long", reason)
     return dialogue
 
 
@@ -308,6 +339,29 @@ def _depth_exceeds(value: object, most: int) -> bool:
         if not level:
             return False
     return True
+
+
+_BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""What reading raises where a file breaks off."""
+
+
+def _broken(shown: str, number: int, error: Exception) -> InputError:
+    return InputError(
+        f"{shown}, after line {number}: the file is broken there ({error}): fetch or compress it "
+        "again"
+    )
+
+
+def _pass_over(stream: BinaryIO, count: int) -> None:
+    """Read so many bytes of a stream that has just been opened."""
+    if count and stream.seekable():
+        stream.seek(count)  # compressed ones read on to there
+        return
+    while count:
+        piece = stream.read(min(count, 1 << 20))
+        if not piece:
+            raise EOFError("it has become shorter")
+        count -= len(piece)
 
 
 def _skip_line(stream: BinaryIO) -> int:

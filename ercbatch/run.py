@@ -7,32 +7,36 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from rich.console import Console
-
-from ercbatch.dialogues import Dialogue, LabeledDialogue
-from ercbatch.errors import InputError, UsageError
+from ercbatch.bundle import MANIFEST as BUNDLE_MANIFEST
+from ercbatch.checked import integer, mapping, number
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import ErcbatchError, InputError, StoppedError, UsageError
+from ercbatch.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.labeler import Labeler
+from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete
 from ercbatch.progress import Progress
 from ercbatch.records import (
-    MANIFEST,
-    REJECTS,
+    DEFAULT_LIMITS,
     STDIN,
     Accepted,
     Counts,
+    Limits,
     Reject,
-    dump_record,
     read_records,
 )
-from ercbatch.transcript import print_dialogue, printable
+from ercbatch.transcript import printable
 
 _TIMED = 200
 """Utterances that a dry run labels to estimate the speed, about."""
+Shield = Callable[[], AbstractContextManager[object]]
+"""Within it, a signal that asks to stop waits."""
+_COUNTS = ("lines", "labelled", "rejected", "blank", "utterances")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,219 +49,355 @@ class RunOptions:
     rejects: Path | None = None
     """None: beside the output; for stdout, on stderr."""
     max_errors: int | None = None
+    limits: Limits = DEFAULT_LIMITS
+    commit_seconds: float = 2.0
+    """What is labelled is safe so much later."""
+    resume: bool = False
+    """Go on with a run that was stopped."""
     force: bool = False
     quiet: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run came to."""
+    """What a run came to: lines of input, and utterances."""
 
-    counts: Counts = field(default_factory=Counts)
-    utterances: int = 0
-    seconds: float = 0.0
+    lines: int
+    labelled: int
+    rejected: int
+    blank: int
+    utterances: int
+    seconds: float
 
-
-class _FileSink:
-    """Writes OUT.part, which becomes OUT when the run is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
-        try:
-            self._file = self._part.open("wb")
-        except OSError as error:
-            raise UsageError(
-                f"{self._part}: cannot be written: {error.strerror}: choose another --output"
-            ) from error
-        self.sha256 = hashlib.sha256()
-
-    def write(self, labeled: LabeledDialogue) -> None:
-        line = dump_record(labeled.to_record())
-        self._file.write(line)
-        self.sha256.update(line)
-
-    def close(self, complete: bool) -> None:
-        if complete:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if complete:
-            self._part.replace(self._path)
-        else:
-            self._part.unlink(missing_ok=True)
+    def counts(self) -> dict[str, int]:
+        """The counts, as a manifest has them."""
+        return {name: getattr(self, name) for name in _COUNTS}
 
 
-class _LineSink:
-    """Writes JSON lines to a stream."""
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """An item, the index of its input, and the lines (those of them blank) up to it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    item: Accepted | Reject
+    source: int
+    lines: int
+    blank: int
 
-    def write(self, labeled: LabeledDialogue) -> None:
-        self._stream.write(dump_record(labeled.to_record()))
-        self._stream.flush()
+    def before(self) -> Place:
+        """Where it begins."""
+        at = self.item.at
+        return Place(self.source, at.line - 1, at.byte, self.lines - 1, self.blank)
 
-    def close(self, complete: bool) -> None:
-        self._stream.flush()
-
-
-class _TranscriptSink:
-    """Shows dialogues to a person."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=False)
-
-    def write(self, labeled: LabeledDialogue) -> None:
-        print_dialogue(self._console, labeled)
-
-    def close(self, complete: bool) -> None:
-        pass
+    def after(self) -> Place:
+        """Where it ends."""
+        at = self.item.at
+        return Place(self.source, at.line, at.end, self.lines, self.blank)
 
 
-class _Rejects:
-    """Writes rejects to a file, made when the first one comes; without a file, to stderr."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-    def write(self, reject: Reject) -> None:
-        if self._path is None:
-            place = printable(reject.at.file)
-            print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
-            return
-        if self._file is None:
-            self._file = self._path.open("wb")
-        self._file.write(dump_record(reject.to_record()))
-
-    def __enter__(self) -> _Rejects:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
+def can_resume(inputs: Sequence[str]) -> bool:
+    """Whether inputs can be read again: stdin and pipes can't."""
+    return all(name != STDIN and Path(name).is_file() for name in inputs)
 
 
-def run_label(labeler: Callable[[], Labeler], options: RunOptions) -> RunSummary:
+def run_label(
+    labeler: Callable[[], Labeler], options: RunOptions, shield: Shield = nullcontext
+) -> RunSummary:
     """Label every dialogue of the inputs, in order. `labeler` is called once all is checked.
 
     Raises:
-        UsageError: the output is in the way, or is an input.
+        UsageError: the output is in the way, or is an input; a run cannot be gone on with.
         InputError: an input cannot be read on, or has more bad lines than `max_errors`.
+        OutputError: the output is no longer what the run wrote.
+        StoppedError: the output cannot be written on.
     """
-    output, rejects = options.output, options.rejects
-    if output is not None:
-        rejects = rejects or output.with_name(output.name + REJECTS)
-        _check_output(output, options)
-    loaded = labeler()
-    summary = RunSummary()
-    sink: _FileSink | _LineSink | _TranscriptSink
-    if output is not None:
-        sink = _FileSink(output)
-    elif sys.stdout.isatty():
-        sink = _TranscriptSink()
+    if options.resume and (options.force or options.output is None):
+        raise UsageError(
+            "--resume goes on with an output file, and --force begins it anew: give --output and "
+            "one of the two"
+        )
+    if options.output is None:
+        stream = StreamOutput(options.rejects)
+        try:
+            return _label(labeler(), options, stream, Tally(), shield)
+        finally:
+            stream.close()
+    files = Files.of(options.output, options.rejects)
+    _check_inputs(files, options)
+    with Journal(files.journal) as journal:
+        _check_output(files, options, stopped=not journal.new)
+        try:
+            return _label_to_files(labeler(), options, files, journal, shield)
+        except OSError as error:
+            raise StoppedError(
+                f"{error.filename or files.part}: {error.strerror}: see to it, and go on"
+            ) from error
+
+
+def _label_to_files(
+    labeler: Labeler, options: RunOptions, files: Files, journal: Journal, shield: Shield
+) -> RunSummary:
+    inputs = _Inputs(options.inputs)
+    identity = _identity(labeler, options, files, inputs)
+    if journal.identity is not None and options.resume:
+        _check_same(journal.identity, identity, files)
+        if journal.manifest is not None:  # it was done, but for its last steps
+            return _completed(files, journal, journal.manifest)
+    elif options.resume and files.output.exists():
+        return _was_complete(files, identity)
     else:
-        sink = _LineSink(sys.stdout.buffer)
-    complete = False
+        journal.begin(identity)
+    output = FileOutput(files, journal, options.commit_seconds)
+    start = Tally() if journal.commit is None else Tally.at(journal.commit)
     try:
-        with _Rejects(rejects) as refused, _progress(options) as progress:
-            stream = _items(options.inputs, summary.counts)
-            bytes_before: dict[str, int] = {}
-            for item, labeled in loaded.label_items(stream):
-                if isinstance(item, Reject):
-                    refused.write(item)
-                    _check_errors(summary.counts, options.max_errors)
-                elif labeled is not None:
-                    sink.write(labeled)
-                    summary.utterances += len(labeled.labels)
-                bytes_before[item.at.file] = item.at.byte
-                count = len(labeled.labels) if labeled else 0
-                progress.update(count, summary.counts.rejected, sum(bytes_before.values()))
-            summary.seconds = progress.seconds
-        complete = True
+        summary = _label(labeler, options, output, start, shield)
     finally:
-        sink.close(complete)
-    if isinstance(sink, _FileSink) and output is not None:
-        write_manifest(output, sink.sha256.hexdigest(), loaded, options, summary)
-    return summary
+        with shield():
+            output.stop()
+    inputs.check()
+    manifest = {
+        **identity,
+        "output": _output(files, output.sha256),
+        "counts": summary.counts(),
+        "seconds": round(summary.seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    with shield():
+        return _completed(files, journal, manifest)
+
+
+def _label(
+    labeler: Labeler,
+    options: RunOptions,
+    output: StreamOutput | FileOutput,
+    start: Tally,
+    shield: Shield,
+) -> RunSummary:
+    """Label what follows after `start`."""
+    counts = Counts(lines=start.restart.lines, blank=start.restart.blank)
+    tally = start
+    with _Measure(options) as measure:
+        stream = _items(options, counts, start.restart)
+        for origin, labeled, restart in labeler.label_items(stream, start.replayed, start.trees):
+            bad = origin.item if isinstance(origin.item, Reject) else None
+            count = len(labeled.labels) if labeled else 0
+            with shield():
+                tally = Tally(
+                    place=origin.after(),
+                    restart=restart.origin.before(),
+                    replayed=restart.items,
+                    trees=restart.trees,
+                    labelled=tally.labelled + (bad is None),
+                    rejected=tally.rejected + (bad is not None),
+                    utterances=tally.utterances + count,
+                    seconds=start.seconds + measure.seconds,
+                )
+                if labeled is not None:
+                    output.write(labeled, tally)
+                elif bad is not None:
+                    output.reject(bad, tally)
+                    _check_errors(tally.rejected, options.max_errors)
+            measure.update(count, tally)
+    if counts.lines != tally.labelled + tally.rejected + counts.blank:
+        raise ErcbatchError(
+            f"of {counts.lines} lines {tally.labelled} are labelled, {tally.rejected} rejected and "
+            f"{counts.blank} blank: please report it"
+        )
+    return RunSummary(
+        counts.lines,
+        tally.labelled,
+        tally.rejected,
+        counts.blank,
+        tally.utterances,
+        start.seconds + measure.seconds,
+    )
 
 
 def _items(
-    inputs: Sequence[str], counts: Counts
-) -> Iterator[tuple[Accepted | Reject, Dialogue | None]]:
-    for name in inputs:
-        for item in read_records(name, counts):
-            yield item, item.dialogue if isinstance(item, Accepted) else None
+    options: RunOptions, counts: Counts, start: Place
+) -> Iterator[tuple[_Origin, Dialogue | None]]:
+    for source, name in enumerate(options.inputs):
+        if source < start.source:
+            continue
+        at = (start.line, start.byte) if source == start.source else (0, 0)
+        for item in read_records(name, counts, options.limits, at):
+            dialogue = item.dialogue if isinstance(item, Accepted) else None
+            yield _Origin(item, source, counts.lines, counts.blank), dialogue
 
 
-def _check_output(output: Path, options: RunOptions) -> None:
-    if output.exists() and not options.force:
-        raise UsageError(f"{output} exists: choose another --output, or give --force")
-    for name in options.inputs:
-        if name != STDIN and output.exists() and output.samefile(name):
-            raise UsageError(f"{output} is also an input: choose another --output")
+class _Measure(Progress):
+    """Progress by the bytes of the inputs that lie behind."""
+
+    def __init__(self, options: RunOptions) -> None:
+        plain = can_resume(options.inputs) and all(
+            name.endswith(("jsonl", "ndjson")) for name in options.inputs
+        )
+        sizes = [Path(name).stat().st_size for name in options.inputs] if plain else []
+        self._before = [sum(sizes[:source]) for source in range(len(options.inputs))]
+        super().__init__(sum(sizes) if plain else None, quiet=options.quiet)
+
+    def update(self, utterances: int, tally: Tally) -> None:
+        """Count some utterances."""
+        done = self._before[tally.place.source] + tally.place.byte
+        self.count(utterances, tally.rejected, done)
 
 
-def _check_errors(counts: Counts, most: int | None) -> None:
-    if most is not None and counts.rejected > most:
+class _Inputs:
+    """What the inputs are; those that can be read again are read for their digests."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.told: list[dict[str, str | int]] = []
+        self._seen: list[tuple[str, os.stat_result]] = []
+        for name in names:
+            entry: dict[str, str | int] = {"file": _shown(name)}
+            if can_resume([name]):
+                with open(name, "rb") as file:
+                    seen = os.fstat(file.fileno())
+                    entry["bytes"] = seen.st_size
+                    entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                self._seen.append((name, seen))
+            self.told.append(entry)
+
+    def check(self) -> None:
+        """See that they are still the same.
+
+        Raises:
+            InputError: one is not.
+        """
+        for name, seen in self._seen:
+            try:
+                now = os.stat(name)
+            except OSError:
+                continue  # it was there while it was read
+            if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns):
+                raise InputError(
+                    f"{_shown(name)}: it was changed while it was labelled: label it anew with "
+                    "--force"
+                )
+
+
+def _identity(
+    labeler: Labeler, options: RunOptions, files: Files, inputs: _Inputs
+) -> dict[str, Any]:
+    """What the bytes of an output depend on: a run that goes on has the same."""
+    bundle = labeler.bundle
+    return {
+        "journal": FORMAT,
+        **labeler.releases(),
+        "inputs": inputs.told,
+        "bundle": {
+            "name": bundle.info.name,
+            "sha256": hashlib.sha256((bundle.folder / BUNDLE_MANIFEST).read_bytes()).hexdigest(),
+        },
+        "options": {**labeler.options(), **asdict(options.limits)},
+        "rejects": _shown(str(files.rejects)),
+    }
+
+
+def _check_same(was: dict[str, Any], now: dict[str, Any], files: Files) -> None:
+    if not all("sha256" in entry for entry in now["inputs"]):
+        raise UsageError(
+            "--resume: stdin and pipes cannot be read again: begin anew with --force, or label a "
+            "file"
+        )
+    found = differences(was, now)
+    if found:
+        raise UsageError(
+            f"{files.part} is of another run ({'; '.join(found)}): run it as it was, or begin anew "
+            "with --force"
+        )
+
+
+def _completed(files: Files, journal: Journal, manifest: dict[str, Any]) -> RunSummary:
+    summary = _summary(manifest, files)
+    complete(files, journal, manifest)
+    return summary
+
+
+def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
+    """See that an output is that of this very run."""
+    exists = f"{files.output} exists"
+    try:
+        manifest = mapping(json.loads(files.manifest.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{exists}, but no journal or manifest of a run: choose another --output, or give "
+            "--force"
+        ) from error
+    found = differences({key: manifest.get(key) for key in identity}, identity)
+    with files.output.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found += differences({"output": manifest.get("output")}, {"output": _output(files, digest)})
+    if found:
+        raise UsageError(
+            f"{exists}, and is of another run ({'; '.join(found)}): choose another --output, or "
+            "give --force"
+        )
+    return _summary(manifest, files)
+
+
+def _summary(manifest: Mapping[str, Any], files: Files) -> RunSummary:
+    try:
+        counts = mapping(manifest["counts"])
+        numbers = {name: integer(counts[name], high=2**63 - 1) for name in _COUNTS}
+        return RunSummary(**numbers, seconds=number(manifest["seconds"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{files.manifest}: it says not what a run came to: give --force"
+        ) from error
+
+
+def _check_inputs(files: Files, options: RunOptions) -> None:
+    """See that nothing that is read will be written.
+
+    Raises:
+        UsageError: something would.
+    """
+    written = (files.output, files.part, files.journal, files.manifest, files.rejects)
+    for path in written:
+        for name in options.inputs:
+            if name != STDIN and path.exists() and path.samefile(name):
+                raise UsageError(f"{path} is also an input: choose another --output")
+    if files.rejects in written[:-1]:
+        raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
+
+
+def _check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
+    """See that nothing is overwritten unasked.
+
+    Raises:
+        UsageError: something would be.
+    """
+    if files.output.exists() and not files.output.is_file():
+        raise UsageError(f"{files.output} is no file: choose another --output, or none for stdout")
+    if options.force or (stopped and options.resume):
+        return
+    if stopped:
+        others = "--force begins anew"
+        if can_resume(options.inputs):
+            others = f"--resume goes on with it, {others}"
+        raise UsageError(f"{files.part} is of a run that was stopped: {others}")
+    if files.output.exists() and not options.resume:
+        raise UsageError(f"{files.output} exists: choose another --output, or give --force")
+    for path in (files.part, options.rejects):
+        if path is not None and path.exists() and not files.output.exists():
+            raise UsageError(f"{path} exists: move it, or give --force")
+
+
+def _check_errors(rejected: int, most: int | None) -> None:
+    if most is not None and rejected > most:
         raise InputError(
             f"more than {most} bad lines: mend the input, or raise --max-errors "
             "(the rejects say what is wrong with each)"
         )
 
 
-def _progress(options: RunOptions) -> Progress:
-    total = 0
-    for name in options.inputs:
-        if name == STDIN or not name.endswith(("jsonl", "ndjson")) or not Path(name).is_file():
-            return Progress(None, quiet=options.quiet)
-        total += Path(name).stat().st_size
-    return Progress(total, quiet=options.quiet)
+def _output(files: Files, digest: str) -> dict[str, str]:
+    return {"file": _shown(files.output.name), "sha256": digest}
 
 
-def write_manifest(
-    output: Path, digest: str, labeler: Labeler, options: RunOptions, summary: RunSummary
-) -> None:
-    """Write OUT.manifest.json: what was labelled, with what, and what it came to."""
-    info = labeler.bundle.info
-    files = []
-    for name in options.inputs:
-        entry: dict[str, Any] = {"file": name}
-        if name != STDIN:
-            with open(name, "rb") as file:
-                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        files.append(entry)
-    manifest = labeler.bundle.folder / "bundle.json"
-    counts = summary.counts
-    value = {
-        **labeler.releases(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "inputs": files,
-        "output": {"file": output.name, "sha256": digest},
-        "bundle": {
-            "name": info.name,
-            "sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
-        },
-        "options": labeler.options(),
-        "counts": {
-            "lines": counts.lines,
-            "labelled": counts.accepted,
-            "rejected": counts.rejected,
-            "blank": counts.blank,
-            "utterances": summary.utterances,
-        },
-        "seconds": round(summary.seconds, 3),
-    }
-    path = output.with_name(output.name + MANIFEST)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _shown(name: str) -> str:
+    """A file name as text: it need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
@@ -269,18 +409,21 @@ def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
     if STDIN in options.inputs:
         raise UsageError("--dry-run reads the input twice, and stdin can be read only once")
     if options.output is not None:
-        _check_output(options.output, options)
+        files = Files.of(options.output, options.rejects)
+        _check_inputs(files, options)
+        _check_output(files, options, stopped=files.journal.exists())
     loaded = labeler()
     counts = Counts()
     utterances = 0
     sample: list[Dialogue] = []
-    for item, dialogue in _items(options.inputs, counts):
+    for origin, dialogue in _items(options, counts, BEGINNING):
         if dialogue is not None:
             utterances += len(dialogue.utterances)
             if sum(len(d.utterances) for d in sample) < _TIMED:
                 sample.append(dialogue)
-        elif options.rejects is None and isinstance(item, Reject):
-            print(f"{printable(item.at.file)}, line {item.at.line}: {item.reason}", file=sys.stderr)
+        elif options.rejects is None and isinstance(origin.item, Reject):
+            at = origin.item.at
+            print(f"{printable(at.file)}, line {at.line}: {origin.item.reason}", file=sys.stderr)
     began = time.monotonic()
     timed = sum(len(labeled.labels) for labeled in loaded.label(sample))
     seconds = (time.monotonic() - began) * utterances / max(1, timed)

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from ercbatch.errors import InputError, UsageError
 from ercbatch.records import (
-    MOST_LINE_BYTES,
-    MOST_TURNS,
+    DEFAULT_LIMITS,
     Accepted,
     Counts,
     Reject,
@@ -76,7 +75,7 @@ BAD = {
     "200,000 deep": (with_field(b"[" * 200_000 + b"]" * 200_000), "json"),
     "200,000 open": (b"[" * 200_000, "json"),
     "too many turns": (
-        b'{"utterances":[' + b",".join([b'{"text":""}'] * (MOST_TURNS + 1)) + b"]}",
+        b'{"utterances":[' + b",".join([b'{"text":""}'] * (DEFAULT_LIMITS.turns + 1)) + b"]}",
         "too_many_turns",
     ),
     "second byte order mark": (b"\xef\xbb\xbf" + GOOD, "json"),
@@ -155,7 +154,7 @@ def test_whatever_nesting_is_accepted_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_line_over_the_limit_is_skipped_without_being_held(tmp_path: Path) -> None:
-    line = b'{"utterances":[{"text":"' + b"x" * (4 * MOST_LINE_BYTES) + b'"}]}\n'
+    line = b'{"utterances":[{"text":"' + b"x" * (4 * DEFAULT_LIMITS.line_bytes) + b'"}]}\n'
     path = write(tmp_path, line + GOOD + b"\n")
     del line
     tracemalloc.start()
@@ -166,7 +165,7 @@ def test_a_line_over_the_limit_is_skipped_without_being_held(tmp_path: Path) -> 
     assert (long.code, len(long.raw)) == ("too_long", 200)
     assert isinstance(good, Accepted)
     assert (good.at.line, good.at.byte) == (2, path.stat().st_size - len(GOOD) - 1)
-    assert peak < 3 * MOST_LINE_BYTES
+    assert peak < 3 * DEFAULT_LIMITS.line_bytes
     path.unlink()  # pytest keeps its folders for three runs
 
 
@@ -222,7 +221,7 @@ def test_a_zstandard_bomb_stays_small(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert isinstance(item, Reject)
     assert item.code == "too_long"
-    assert peak < 3 * MOST_LINE_BYTES
+    assert peak < 3 * DEFAULT_LIMITS.line_bytes
 
 
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,241 @@
+"""Where labelled dialogues and rejects go: a stream, or files with a journal beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+
+from ercbatch.dialogues import LabeledDialogue
+from ercbatch.errors import OutputError
+from ercbatch.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
+from ercbatch.records import MANIFEST, REJECTS, Reject, dump_record
+from ercbatch.transcript import print_dialogue, printable
+
+PART, JOURNAL = ".part", ".journal"
+"""Endings of the names of what stands beside an output while it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a run whose output is a file."""
+
+    output: Path
+    rejects: Path
+
+    @classmethod
+    def of(cls, output: Path, rejects: Path | None) -> Files:
+        """Those of an output; rejects have a place of their own, or are beside it."""
+        return cls(output, rejects or output.with_name(output.name + REJECTS))
+
+    @property
+    def part(self) -> Path:
+        """The output while it is incomplete."""
+        return self._beside(PART)
+
+    @property
+    def journal(self) -> Path:
+        """How far that is whole."""
+        return self._beside(JOURNAL)
+
+    @property
+    def manifest(self) -> Path:
+        """What was labelled, with what, and what it came to."""
+        return self._beside(MANIFEST)
+
+    def _beside(self, ending: str) -> Path:
+        return self.output.with_name(self.output.name + ending)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a run has come to so far, at a place of its inputs."""
+
+    place: Place = BEGINNING
+    restart: Place = BEGINNING
+    replayed: int = 0
+    trees: int = 0
+    labelled: int = 0
+    rejected: int = 0
+    utterances: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def at(cls, commit: Commit) -> Tally:
+        """What it had come to at a commit."""
+        names = cls.__slots__
+        return cls(**{name: getattr(commit, name) for name in names})
+
+
+class StreamOutput:
+    """Labelled dialogues on stdout, as they come; rejects in a file, or as sentences on stderr."""
+
+    def __init__(self, rejects: Path | None) -> None:
+        self._path = rejects
+        self._rejects: BinaryIO | None = None
+        if rejects is not None:
+            rejects.unlink(missing_ok=True)
+        terminal = sys.stdout.isatty()
+        self._console = Console(highlight=False, soft_wrap=False) if terminal else None
+
+    def write(self, labeled: LabeledDialogue, tally: Tally) -> None:
+        """Write a labelled dialogue, with which the run has come to so much."""
+        if self._console is not None:
+            print_dialogue(self._console, labeled)
+            return
+        sys.stdout.buffer.write(dump_record(labeled.to_record()))
+        sys.stdout.buffer.flush()
+
+    def reject(self, reject: Reject, tally: Tally) -> None:
+        """Write a reject, with which the run has come to so much."""
+        if self._path is None:
+            place = printable(reject.at.file)
+            print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
+            return
+        if self._rejects is None:
+            self._rejects = self._path.open("wb")
+        self._rejects.write(dump_record(reject.to_record()))
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._rejects is not None:
+            self._rejects.close()
+
+
+class FileOutput:
+    """Labelled dialogues in OUT.part and rejects beside it, committed to the journal as they come.
+
+    A thread of its own commits, so that whatever was written is on the disk `every` seconds later,
+    however long the next dialogue takes.
+
+    Raises:
+        OSError: the files cannot be opened.
+        OutputError: they hold less than the journal says.
+    """
+
+    def __init__(self, files: Files, journal: Journal, every: float) -> None:
+        self.files = files
+        self._journal = journal
+        commit = journal.commit
+        self._output = Appended(files.part, commit.output if commit else 0)
+        self._rejects: Appended | None = None
+        if commit and commit.rejects:
+            self._rejects = Appended(files.rejects, commit.rejects)
+        else:
+            files.rejects.unlink(missing_ok=True)
+        self._every = every
+        self._tally: Tally | None = None
+        """What is written and not committed."""
+        self._lock = threading.Lock()
+        self._failed: BaseException | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._committing, name="ercbatch-commit")
+        self._thread.daemon = True
+        self._thread.start()
+
+    def write(self, labeled: LabeledDialogue, tally: Tally) -> None:
+        """Write a labelled dialogue, with which the run has come to so much.
+
+        Raises:
+            OSError, OutputError: it, or what was written before, cannot be brought to the disk.
+        """
+        if self._failed is not None:
+            raise self._failed
+        line = dump_record(labeled.to_record())
+        with self._lock:
+            self._output.add(line)
+            self._tally = tally
+
+    def reject(self, reject: Reject, tally: Tally) -> None:
+        """Write a reject, with which the run has come to so much.
+
+        Raises:
+            OSError, OutputError: see `write`.
+        """
+        if self._failed is not None:
+            raise self._failed
+        with self._lock:
+            if self._rejects is None:
+                self._rejects = Appended(self.files.rejects, 0)
+            self._rejects.add(dump_record(reject.to_record()))
+            self._tally = tally
+
+    def _committing(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                self._commit()
+            except BaseException as error:  # it is raised where more is written
+                self._failed = error
+                return
+
+    def _commit(self) -> None:
+        """Bring to the disk what is written, and then say so in the journal."""
+        with self._lock:
+            tally, self._tally = self._tally, None
+            if tally is None:
+                return
+            files = [file for file in (self._rejects, self._output) if file is not None]
+            for file in files:
+                file.flush()
+            output, rejects = self._output.length, self._rejects.length if self._rejects else 0
+            sha256 = self._output.sha256.hexdigest()
+        for file in files:
+            file.settle()
+        told = {name: getattr(tally, name) for name in Tally.__slots__}
+        self._journal.write(Commit(output=output, rejects=rejects, sha256=sha256, **told))
+
+    def stop(self) -> None:
+        """Commit what is written, and close the files.
+
+        Raises:
+            OSError, OutputError: it cannot be committed; what was committed before still is.
+        """
+        self._over.set()
+        self._thread.join()
+        try:
+            if self._failed is None:
+                self._commit()
+        finally:
+            for file in (self._output, self._rejects):
+                if file is not None:
+                    file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Of the output."""
+        return self._output.sha256.hexdigest()
+
+
+def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> None:
+    """Put a whole output into its place; may be done again where it was broken off.
+
+    Raises:
+        OSError: it cannot be put there.
+        OutputError: it is gone.
+    """
+    if journal.manifest is None:
+        journal.finish(manifest)
+    if files.part.exists():
+        put_in_place(files.part, files.output)
+    elif not files.output.exists():
+        raise OutputError(f"{files.part}: it is there no more: begin anew with --force")
+    new = files.manifest.with_name(files.manifest.name + PART)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(new, files.manifest)
+    except OSError:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    journal.remove()
