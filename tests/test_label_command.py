@@ -16,6 +16,7 @@ import orjson
 import pytest
 import zstandard
 from conftest import EXAMPLES, ROOT, cli
+from test_records import BAD
 
 from ercbatch import Labeler
 
@@ -76,7 +77,46 @@ def test_bad_lines_become_rejects_and_the_rest_is_labelled(
     assert [r["id"] for r in records(out.read_bytes())] == [1, 6, 7]
 
 
-def test_max_errors_gives_up_and_leaves_nothing(bundle_folder: Path, tmp_path: Path) -> None:
+def test_every_kind_of_bad_line_is_told_where_it_stands(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    source, out, rejects = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "bad.jsonl"
+    bad = [line for line, _ in BAD.values()]
+    source.write_bytes(b"".join(GOOD + line + b"\n" for line in bad) + GOOD)
+    done = cli("label", source, "--bundle", bundle_folder, "-o", out, "--rejects", rejects)
+    assert done.returncode == 3, done.stderr
+    found = records(rejects.read_bytes())
+    assert [r["code"] for r in found] == [code for _, code in BAD.values()]
+    byte = 0
+    for number, (line, reject) in enumerate(zip(bad, found, strict=True), start=1):
+        byte += len(GOOD)
+        assert (reject["line"], reject["byte"]) == (2 * number, byte)
+        assert reject["raw"] == line.decode("utf-8", "replace")[:200]
+        byte += len(line) + 1
+    assert len(records(out.read_bytes())) == len(bad) + 1
+    counts = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["counts"]
+    assert counts["lines"] == 2 * len(bad) + 1 == counts["labelled"] + counts["rejected"]
+
+
+def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:
+    turn = {"text": "it is gone"}
+    lines = [[turn], [turn] * 3, [{"text": "oh " * 100}], [turn] * 40]
+    source = tmp_path / "in.jsonl.gz"
+    data = b"".join(orjson.dumps({"utterances": line}) + b"\n" for line in lines)
+    source.write_bytes(gzip.compress(data))
+    asked = ("label", source, "--bundle", bundle_folder, "--quiet", "--force")
+    limits = ("--max-turns", "2", "--max-characters", "200", "--max-line-bytes", "500")
+    done = cli(*asked, *limits, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 3
+    found = records((tmp_path / "out.jsonl.rejects.jsonl").read_bytes())
+    assert [r["code"] for r in found] == ["too_many_turns", "text_too_long", "too_long"]
+    assert "over 2 turns" in found[0]["reason"]
+    bomb = cli(*asked, "--max-file-bytes", "300", "-o", tmp_path / "bomb.jsonl")
+    assert bomb.returncode == 4
+    assert "over 300 bytes" in bomb.stderr
+
+
+def test_max_errors_gives_up(bundle_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = cli(
         *("label", EXAMPLES / "broken.jsonl", "--bundle", bundle_folder),
@@ -249,6 +289,26 @@ def test_the_runtime_needs_neither_torch_nor_transformers(
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_labelling_opens_no_socket_unpickles_nothing_and_runs_no_program(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "label.py"
+    script.write_text(
+        "import sys\n"
+        "from ercbatch import Labeler\n"
+        "seen = []\n"
+        "watched = ('socket.', 'pickle.', 'subprocess.', 'os.system', 'os.exec',\n"
+        "           'os.posix_spawn', 'os.fork', 'urllib.')\n"
+        "sys.addaudithook(lambda e, a: seen.append(e) if e.startswith(watched) else None)\n"
+        f"labeler = Labeler({str(bundle_folder)!r}, demonstrations=1)\n"
+        "print(next(labeler.label([{'utterances': [{'text': 'hi'}]}])).labels[0].emotion)\n"
+        "print(seen)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "[]"
 
 
 def test_the_command_line_imports_only_click_and_the_standard_library() -> None:

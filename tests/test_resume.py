@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -370,27 +371,31 @@ def test_whatever_call_fails_the_run_can_go_on(
         "LD_PRELOAD": str(faults),
         "FAULT_CALL": "any" if call == "killed" else call,
         "FAULT_ERRNO": str(CALLS.get(call, 0)),
-        "FAULT_COUNT": str(tmp_path / "count"),
     }
-    met, number = 0, 0
-    while True:
-        number += 1
+
+    def outcome(run: Run, number: int, **environment: str) -> tuple[int, str]:
+        environment |= {"FAULT_FOLDER": str(run.folder), "FAULT_NTH": str(number), **fault}
+        with run.start(**environment) as process:
+            assert process.stderr is not None
+            said = process.stderr.read().decode()
+        return process.returncode, said
+
+    def fails_and_goes_on(number: int) -> None:
         run = Run(inputs, tmp_path / f"run{number}", calm.options)
-        run.folder.mkdir()
-        process = run.start(FAULT_FOLDER=str(run.folder), FAULT_NTH=str(number), **fault)
-        assert process.stderr is not None
-        said = process.stderr.read().decode()
-        process.stderr.close()
-        if process.wait() == 3 and int((tmp_path / "count").read_text()) < number:
-            break  # it has no more such calls
-        assert process.returncode == (-signal.SIGKILL if call == "killed" else 75) or (
-            process.returncode == 2 and number == 1  # the journal cannot be made
+        code, said = outcome(run, number)
+        assert code == (-signal.SIGKILL if call == "killed" else 75) or (
+            code == 2 and number == 1  # the journal cannot be made
         ), said
         assert "Traceback" not in said
-        met += 1
         run.finish()
         assert run.result() == expected
-    assert met >= 2
+
+    whole = Run(inputs, tmp_path / "whole", calm.options)
+    assert outcome(whole, 0, FAULT_COUNT=str(tmp_path / "count"))[0] == 3
+    count = int((tmp_path / "count").read_text())
+    assert count >= 2
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fails_and_goes_on, range(1, count + 1)))
 
 
 @pytest.fixture

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The slow checks behind docs/reliability.md, one after another; about three hours on two cores.
+#
+#   bash tests/reliability.sh DIALOGUES [BUNDLE]
+#
+# DIALOGUES is a JSONL file in which persuasion is measured; BUNDLE is what mutants are made of and
+# what the long run labels with (by default the bundle in the package; a tiny one is quicker).
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+dialogues=$(realpath "$1") bundle=${2:-mini}
+if [[ -d $bundle ]]; then bundle=$(realpath "$bundle"); fi
+cd "$root"
+python -m tests.kill_loop 1000
+python -m tests.mutants 10000 --bundle "$bundle"
+python -m tests.fuzz utterances 100000
+for kind in records journal manifest; do python -m tests.fuzz "$kind" 1800; done
+work=$(mktemp -d)
+python -m benchmarks.soak "$work" --dialogues 1000000 --bundle "$bundle" --kills 5
+rm -r "$work"
+python -m benchmarks.persuasion "$dialogues"
