@@ -87,6 +87,7 @@ def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterat
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
     running: deque[Future[R]] = deque()
+    patient = True
     try:
         for item in source:
             running.append(pool.submit(act, item))
@@ -94,8 +95,12 @@ def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterat
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+    except BaseException as error:
+        # Who stops a run wants to commit now, not after a long pack.
+        patient = isinstance(error, Exception | GeneratorExit)
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
