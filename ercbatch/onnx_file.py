@@ -66,6 +66,8 @@ _MESSAGES = {
         15: _Field("sparse_initializer", "SparseTensorProto", repeated=True),
     },
     "NodeProto": {
+        1: _Field("input", "string", repeated=True),
+        4: _Field("op_type", "string"),
         5: _Field("attribute", "AttributeProto", repeated=True),
         7: _Field("domain", "string"),
     },
@@ -85,7 +87,16 @@ _MESSAGES = {
     "StringStringEntryProto": {1: _Field("key", "string"), 2: _Field("value", "string")},
 }
 """Of onnx.proto (https://github.com/onnx/onnx, 1.23), all fields that lead to operator domains or
-external data, by their numbers."""
+external data, by their numbers; and of nodes those by which inputs are missing."""
+_OPTIONAL = {
+    "Clip": {1, 2},
+    "Dropout": {1, 2},
+    "MatMulNBits": {3, 4},
+    "Pad": {2},
+    "Resize": {1, 2},
+}
+"""Operators, and which of their inputs may be left out by an empty name. ONNX Runtime 1.32 crashes
+where some others are, those of LayerNormalization say, though its bias is optional."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +207,8 @@ class _Reader:
         strings: dict[str, str] = {}
         external: dict[str, str] = {}
         seen: set[int] = set()
+        missing: list[int] = []
+        inputs = 0
         while at < end:
             number, wire, start, stop = self._field(at, end)
             field = known.get(number)
@@ -205,7 +218,11 @@ class _Reader:
                 if number in seen and not field.repeated:
                     raise _NotOnnxError(f"a second {kind}.{field.name} at byte {at:,}")
                 seen.add(number)
-                if field.type == "string":
+                if field.name == "input":
+                    if start == stop:
+                        missing.append(inputs)
+                    inputs += 1
+                elif field.type == "string":
                     strings[field.name] = self._string(start, stop)
                 else:
                     inner = self.message(field.type, start, stop, depth + 1)
@@ -215,6 +232,8 @@ class _Reader:
                             raise _NotOnnxError(f"a second {key!a} of a tensor at byte {at:,}")
                         external[key] = inner.get("value", "")
             at = stop
+        if missing and not _OPTIONAL.get(strings.get("op_type", ""), set()).issuperset(missing):
+            raise _NotOnnxError(f"a node without one of its inputs before byte {end:,}")
         if "domain" in strings:
             self.domains.add(strings["domain"])
         if external:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ercbatch.checked import LARGEST
+from ercbatch.errors import BundleError
+
 # A token that covers more characters than this in ordinary text is rare; the bound only keeps a
 # megabyte of text from being tokenized in order to use its first hundred tokens.
 _CHARACTERS_PER_TOKEN = 32
@@ -70,12 +73,15 @@ def control_tokens(tokenizer: Tokenizer, special: Mapping[str, str]) -> ControlT
 class SegmentTokenizer:
     """A `tokenizers.Tokenizer` that encodes segments without special tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, controls: ControlTokens) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, controls: ControlTokens, source: str = "tokenizer.json"
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # Text that looks like a special token is split like any other text.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self._source = source
         self.controls = controls
         # Added tokens that are not special (`<tool_call>` in some chat models) are still matched
         # in text; their ids never leave `content`. The unknown token is one that text may yield.
@@ -90,14 +96,19 @@ class SegmentTokenizer:
     @classmethod
     def from_file(cls, path: Path, controls: ControlTokens) -> SegmentTokenizer:
         """Load a `tokenizer.json`."""
-        return cls(Tokenizer.from_file(str(path)), controls)
+        return cls(Tokenizer.from_file(str(path)), controls, str(path))
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
         path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if ids and max(ids) > LARGEST:
+            raise BundleError(
+                f"{self._source}: a token has the id {max(ids)}, which no model has: get it again"
+            )
+        return ids
 
     def content(self, text: str, limit: int) -> tuple[int, ...]:
         """Ids of a speaker's text, at most `limit` of them, none a control token."""

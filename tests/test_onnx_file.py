@@ -77,6 +77,23 @@ def test_a_foreign_domain_is_refused_wherever_it_stands(path: Path, place: str) 
         check_onnx(path, [WEIGHTS])
 
 
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_node_without_an_input_that_it_needs_is_refused(path: Path, missing: int) -> None:
+    """ONNX Runtime crashes on some of them."""
+    inputs = ["x", "y", "z"]
+    inputs[missing] = ""
+    normalized = onnx.helper.make_node("LayerNormalization", inputs, ["out"])
+    onnx.save(model_of(graph_of(choice(graph_of(normalized)))), path)
+    with pytest.raises(BundleError, match="without one of its inputs"):
+        check_onnx(path)
+    onnx.save(model_of(graph_of(onnx.helper.make_node("Clip", inputs, ["out"]))), path)
+    if missing:
+        check_onnx(path)
+    else:
+        with pytest.raises(BundleError, match="without one of its inputs"):
+            check_onnx(path)
+
+
 def test_only_the_exact_domains_are_known(path: Path) -> None:
     for domain in ("com.microsoft.nchwc", "ai.onnx.ml", "COM.MICROSOFT", "ai.onnx\0", "\x1b[2J"):
         onnx.save(model_of(graph_of(node(domain))), path)

@@ -98,6 +98,8 @@ def test_every_field_that_leads_to_a_request_is_known() -> None:
     """Also those that a later `onnx` may add: the numbers are held against its own."""
     wanted = {
         ("NodeProto", "domain"),
+        ("NodeProto", "input"),
+        ("NodeProto", "op_type"),
         ("OperatorSetIdProto", "domain"),
         ("FunctionProto", "domain"),
         ("TensorProto", "external_data"),

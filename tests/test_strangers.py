@@ -185,3 +185,17 @@ def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
 
 def test_the_bundle_in_the_package_labels() -> None:
     labels_a_word(open_bundle(find_bundle("mini")))
+
+
+def test_a_token_of_an_id_that_no_model_has_is_refused(copy: Path) -> None:
+    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["gone"] = 2**31
+    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    sign(copy)
+    for text in ("it is gone", "yes"):
+        source = copy / "in.jsonl"
+        source.write_text(json.dumps({"utterances": [{"text": text}]}))
+        done = cli("label", source, "--bundle", copy)
+        assert done.returncode == (4 if "gone" in text else 0), done.stderr
+        assert ("has the id 2147483648" in done.stderr) == ("gone" in text)
