@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -319,7 +320,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _said(value: object) -> str:
-    return "missing" if value is None else str(value)
+    if value is None:
+        return "missing"
+    # Lists may be long, or lie deep inside each other.
+    return str(value) if isinstance(value, str | int | float) else reprlib.repr(value)
 
 
 def _locked(path: Path) -> int:

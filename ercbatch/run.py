@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -12,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from ercbatch.bundle import MANIFEST as BUNDLE_MANIFEST
 from ercbatch.checked import integer, mapping, number
@@ -317,7 +318,7 @@ def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
     """See that an output is that of this very run."""
     exists = f"{files.output} exists"
     try:
-        manifest = mapping(json.loads(files.manifest.read_bytes()))
+        manifest = mapping(orjson.loads(files.manifest.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"{exists}, but no journal or manifest of a run: choose another --output, or give "

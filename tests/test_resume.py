@@ -249,6 +249,14 @@ def test_a_run_that_is_done_is_not_run_again(bundle_folder: Path, tmp_path: Path
         refused = cli(*asked, more)
         assert refused.returncode == 2
         assert words in refused.stderr
+    manifest = tmp_path / "out.jsonl.manifest.json"
+    told = manifest.read_text()
+    for odd in ("[" * 100_000, told.replace('"past"', "[" * 900 + "]" * 900), "{}", ""):
+        manifest.write_text(odd)
+        refused = cli(*asked)
+        assert refused.returncode == 2, refused.stderr
+        assert "Traceback" not in refused.stderr
+    manifest.write_text(told)
     out.write_text("mine")
     refused = cli(*asked)
     assert (refused.returncode, out.read_text()) == (2, "mine")
