@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -297,3 +298,15 @@ def bundle_folder(
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that lets system calls fail."""
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = ROOT / "tests" / "faults" / "faults.c"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler, "no C compiler: hnswlib needs one too"
+    build = [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
+    subprocess.run(build, check=True)
+    return library

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -15,20 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, cli
-from hypothesis import given
-from hypothesis import strategies as st
-from kill_loop import Run, kill_loop, lines, write_inputs
-
-from ercbatch.errors import UsageError
-from ercbatch.journal import Commit, Journal, Place
-
-FAULTS = ROOT / "tests" / "faults" / "faults.c"
+from kill_loop import kill_loop, lines
 
 
 def label(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -346,73 +337,6 @@ def test_nothing_that_is_read_is_written(bundle_folder: Path, tmp_path: Path) ->
     assert Path("/dev/null").is_char_device()
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that lets system calls fail."""
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    assert compiler, "no C compiler: hnswlib needs one too"
-    build = [compiler, "-shared", "-fPIC", "-O1", "-o", library, FAULTS, "-ldl"]
-    subprocess.run(build, check=True)
-    return library
-
-
-CALLS = {
-    "open": errno.EMFILE,
-    "write": errno.ENOSPC,
-    "fsync": errno.EIO,
-    "rename": errno.EIO,
-    "ftruncate": errno.EIO,
-    "unlink": errno.EACCES,
-}
-"""What a run calls on files -> an error that it may meet there."""
-
-
-@pytest.mark.parametrize("call", [*CALLS, "killed"])
-def test_whatever_call_fails_the_run_can_go_on(
-    bundle_folder: Path, tmp_path: Path, faults: Path, call: str
-) -> None:
-    """The first of the calls fails, then the second, and so on, in a run each; or kills it."""
-    inputs = write_inputs(tmp_path / "in", 12, random.Random(2))
-    calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))
-    calm.finish()
-    expected = calm.result()
-    fault = {
-        "LD_PRELOAD": str(faults),
-        "FAULT_CALL": "any" if call == "killed" else call,
-        "FAULT_ERRNO": str(CALLS.get(call, 0)),
-    }
-
-    def outcome(run: Run, number: int) -> tuple[int, str, int]:
-        """Its exit code, what it said, and how many such calls it made (if it was not killed)."""
-        count = tmp_path / f"{run.folder.name}.count"
-        environment = {"FAULT_FOLDER": str(run.folder), "FAULT_NTH": str(number)}
-        with run.start(**environment, **fault, FAULT_COUNT=str(count)) as process:
-            assert process.stderr is not None
-            said = process.stderr.read().decode()
-        return process.returncode, said, int(count.read_text()) if count.exists() else 0
-
-    def fails_and_goes_on(number: int) -> None:
-        run = Run(inputs, tmp_path / f"run{number}", calm.options)
-        code, said, made = outcome(run, number)
-        if code == 3:  # it was quicker, and had fewer commits
-            assert made < number
-        else:
-            assert code == (-signal.SIGKILL if call == "killed" else 75) or (
-                code == 2 and number == 1  # the journal cannot be made
-            ), said
-            assert "Traceback" not in said
-            run.finish()
-        assert run.result() == expected
-
-    whole = Run(inputs, tmp_path / "whole", calm.options)
-    code, said, count = outcome(whole, 0)
-    assert code == 3, said
-    assert count >= 2
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(fails_and_goes_on, range(1, count + 1)))
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 256 KiB."""
@@ -464,35 +388,3 @@ def test_compressed_input_that_breaks_off_keeps_what_was_labelled(
     assert done.returncode == 4
     assert "the file is broken there" in done.stderr
     assert committed(out) > 0
-
-
-COMMIT = Commit(Place(0, 2, 50, 2, 1), Place(0, 1, 9, 1, 0), 1, 3, 70, 9, "ab", 1, 1, 5, 0.5)
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.integers(0, 2000), st.binary(max_size=3)),
-            st.tuples(st.integers(0, 2000), st.none()),
-        ),
-        max_size=3,
-    )
-)
-def test_a_journal_with_other_bytes_is_read_as_far_as_it_is_whole(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes | None]]
-) -> None:
-    path = tmp_path_factory.mktemp("journal") / "x.journal"
-    with Journal(path) as journal:
-        journal.begin({"run": "this one"})
-        journal.write(COMMIT)
-    whole = data = path.read_bytes()
-    for at, new in changes:
-        data = data[:at] if new is None else data[:at] + new + data[at + len(new) :]
-    path.write_bytes(data)
-    with Journal(path) as journal:
-        assert journal.identity in (None, {"run": "this one"})
-        assert journal.commit in (None, COMMIT)
-        if data == whole:
-            assert journal.commit == COMMIT
-        with pytest.raises(UsageError, match="another run"):
-            Journal(path)

@@ -1,0 +1,67 @@
+"""Whatever call on a file fails, a labelling run can go on."""
+
+from __future__ import annotations
+
+import errno
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from kill_loop import Run, write_inputs
+
+CALLS = {
+    "open": errno.EMFILE,
+    "write": errno.ENOSPC,
+    "fsync": errno.EIO,
+    "rename": errno.EIO,
+    "ftruncate": errno.EIO,
+    "unlink": errno.EACCES,
+}
+"""What a run calls on files -> an error that it may meet there."""
+
+
+@pytest.mark.parametrize("call", [*CALLS, "killed"])
+def test_whatever_call_fails_the_run_can_go_on(
+    bundle_folder: Path, tmp_path: Path, faults: Path, call: str
+) -> None:
+    """The first of the calls fails, then the second, and so on, in a run each; or kills it."""
+    inputs = write_inputs(tmp_path / "in", 12, random.Random(2))
+    calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))
+    calm.finish()
+    expected = calm.result()
+    fault = {
+        "LD_PRELOAD": str(faults),
+        "FAULT_CALL": "any" if call == "killed" else call,
+        "FAULT_ERRNO": str(CALLS.get(call, 0)),
+    }
+
+    def outcome(run: Run, number: int) -> tuple[int, str, int]:
+        """Its exit code, what it said, and how many such calls it made (if it was not killed)."""
+        count = tmp_path / f"{run.folder.name}.count"
+        environment = {"FAULT_FOLDER": str(run.folder), "FAULT_NTH": str(number)}
+        with run.start(**environment, **fault, FAULT_COUNT=str(count)) as process:
+            assert process.stderr is not None
+            said = process.stderr.read().decode()
+        return process.returncode, said, int(count.read_text()) if count.exists() else 0
+
+    def fails_and_goes_on(number: int) -> None:
+        run = Run(inputs, tmp_path / f"run{number}", calm.options)
+        code, said, made = outcome(run, number)
+        if code == 3:  # it was quicker, and had fewer commits
+            assert made < number
+        else:
+            assert code == (-signal.SIGKILL if call == "killed" else 75) or (
+                code == 2 and number == 1  # the journal cannot be made
+            ), said
+            assert "Traceback" not in said
+            run.finish()
+        assert run.result() == expected
+
+    whole = Run(inputs, tmp_path / "whole", calm.options)
+    code, said, count = outcome(whole, 0)
+    assert code == 3, said
+    assert count >= 2
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fails_and_goes_on, range(1, count + 1)))
