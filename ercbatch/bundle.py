@@ -1,9 +1,9 @@
 """Bundles: one folder that labels. Written complete or not at all, checked before it is used.
 
 A bundle from a stranger is data. Only the files that `bundle.json` lists are ever opened, each
-after its size and SHA-256 have been compared, and their formats (JSON, JSONL, safetensors,
-tokenizer.json, ONNX) carry no code. What a graph asks for (operators, other files) is checked
-before it is parsed (`onnx_file.py`).
+after its size and SHA-256 have been compared (`bundle.json` has its own SHA-256 in it), and their
+formats (JSON, JSONL, safetensors, tokenizer.json, ONNX) carry no code. What a graph asks for
+(operators, other files) is checked before it is parsed (`onnx_file.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
 
-FORMAT = "1.2"
+FORMAT = "1.3"
 """Version of the format: another major number is refused, a newer minor one too.
 
 1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`. 1.2: graphs may have attention
-in tiles, and take more inputs.
+in tiles, and take more inputs. 1.3: `bundle.json` has a digest of itself.
 """
 
 RUNTIMES = {
@@ -47,7 +47,12 @@ RUNTIMES = {
 MOST_DEMONSTRATIONS = 8
 """That a question shows."""
 
+_MEND = "get the bundle again, or write it anew with `python -m export`"
+"""What to do about an altered one."""
+
 MANIFEST = "bundle.json"
+_OWN_DIGEST = "sha256"
+"""Of all else in `bundle.json`: last in it, from format 1.3 on."""
 _LARGEST_MANIFEST = 16 << 20
 """Bytes."""
 MODEL = "model.onnx"
@@ -290,11 +295,15 @@ def read_info(folder: Path) -> BundleInfo:
         value = json.loads(path.read_bytes())
         major, minor = (int(part) for part in value["format"].split("."))
         own_major, own_minor = (int(part) for part in FORMAT.split("."))
+        if _OWN_DIGEST in value and value != with_digest(value):
+            raise BundleError(f"{path}: altered, its SHA-256 is not what it says: {_MEND}")
         if major != own_major or minor > own_minor:
             raise BundleError(
                 f"{path}: format {major}.{minor} is not known here (this ercbatch reads "
                 f"{own_major}.0 to {FORMAT}): upgrade ercbatch"
             )
+        if _OWN_DIGEST not in value and minor >= 3:
+            raise BundleError(f"{path}: altered, it has lost its own SHA-256: {_MEND}")
         info = BundleInfo.from_json(value)
     except FileNotFoundError as error:
         raise BundleError(
@@ -321,7 +330,7 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: a file is missing or altered; the message names it and the mending command.
     """
     info = read_info(folder)
-    mend = "get the bundle again, or write it anew with `python -m export`"
+    mend = _MEND
     if folder.parent == Path(str(resources.files("ercbatch").joinpath("bundles"))):
         mend = "run `pip install --force-reinstall --no-deps ercbatch`"
     for name, expected in info.files.items():
@@ -379,10 +388,17 @@ def write_bundle(
             path.name: FileDigest(path.stat().st_size, _sha256(path))
             for path in sorted(part.iterdir())
         }
-        info = dataclasses.replace(info, files=files)
-        text = json.dumps(info.to_json(), indent=2, allow_nan=False)
+        info = dataclasses.replace(info, format=FORMAT, files=files)
+        text = json.dumps(with_digest(info.to_json()), indent=2, allow_nan=False)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return info
+
+
+def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What `bundle.json` holds: a value, and the SHA-256 of it, however its JSON is laid out."""
+    plain = {name: own for name, own in value.items() if name != _OWN_DIGEST}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return {**plain, _OWN_DIGEST: digest}
 
 
 def _sha256(path: Path) -> str:

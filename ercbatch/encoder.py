@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ercbatch.onnx_scorer import open_session, run_session
+from ercbatch.tokens import load_tokenizer
 
 MOST_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""
@@ -28,7 +28,7 @@ class SentenceEncoder:
     ) -> None:
         self._path = model
         self._session = open_session(model, threads)
-        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._tokenizer = load_tokenizer(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         # "[SEP]" in a text is five characters, not the end of the sentence.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import orjson
 from tokenizers import Tokenizer
 
 from ercbatch.checked import LARGEST
@@ -20,6 +21,13 @@ from ercbatch.errors import BundleError
 # A token that covers more characters than this in ordinary text is rare; the bound only keeps a
 # megabyte of text from being tokenized in order to use its first hundred tokens.
 _CHARACTERS_PER_TOKEN = 32
+
+_LARGEST_FILE = 128 << 20
+"""Bytes of a `tokenizer.json`; 34 MB is the largest known (Gemma 3's, of 262,144 tokens)."""
+_LONGEST_STRING = 4096
+"""Characters of a token or a pattern: the library compiles longer ones too, but for minutes."""
+_CHARACTER_MAP = "precompiled_charsmap"
+"""SentencePiece's normalization table, the one string that is long: hundreds of thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,42 @@ def control_tokens(tokenizer: Tokenizer, special: Mapping[str, str]) -> ControlT
     )
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`, once its size and the length of its strings have been looked at.
+
+    Raises:
+        BundleError: it is too large, a string in it is too long, or it is no tokenizer.
+    """
+    if path.stat().st_size > _LARGEST_FILE:
+        raise BundleError(f"{path}: over {_LARGEST_FILE:,} bytes: do not use this bundle")
+    data = path.read_bytes()
+    try:
+        if _longest_string(orjson.loads(data)) > _LONGEST_STRING:
+            raise BundleError(
+                f"{path}: a string in it is over {_LONGEST_STRING:,} characters long: do not use "
+                "this bundle"
+            )
+        return Tokenizer.from_buffer(data)
+    except ValueError as error:
+        raise BundleError(f"{path}: not a tokenizer ({error}): get the bundle again") from error
+
+
+def _longest_string(value: object) -> int:
+    """Characters of the longest key or string anywhere in a JSON value, but for character maps."""
+    longest, waiting = 0, [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str):
+            longest = max(longest, len(inner))
+        elif isinstance(inner, dict):
+            longest = max([longest, *map(len, inner)])
+            # A vocabulary's numbers are most of a tokenizer.
+            waiting += [v for k, v in inner.items() if k != _CHARACTER_MAP and type(v) is not int]
+        elif isinstance(inner, list):
+            waiting += inner
+    return longest
+
+
 class SegmentTokenizer:
     """A `tokenizers.Tokenizer` that encodes segments without special tokens."""
 
@@ -95,8 +139,12 @@ class SegmentTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, controls: ControlTokens) -> SegmentTokenizer:
-        """Load a `tokenizer.json`."""
-        return cls(Tokenizer.from_file(str(path)), controls, str(path))
+        """Load a `tokenizer.json`.
+
+        Raises:
+            BundleError: see `load_tokenizer`.
+        """
+        return cls(load_tokenizer(path), controls, str(path))
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""

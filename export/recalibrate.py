@@ -77,7 +77,6 @@ def recalibrate(
     info = replace(
         bundle.info,
         name=name or bundle.info.name,
-        format=files.FORMAT,
         accepted_loss=lost,
         quality={**kept, **quality},
         calibration={**(bundle.info.calibration if same else {}), **calibration},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ercbatch.bundle import MANIFEST, with_digest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -76,6 +80,27 @@ def write_tokenizer(folder: Path, kind: str) -> None:
         tokenizer.train_from_iterator([" " + " ".join(WORDS)] * 3, trainer)
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a bundle says of itself, and its own digest with it."""
+    path = folder / MANIFEST
+    value = json.loads(path.read_bytes())
+    change(value)
+    path.write_text(json.dumps(with_digest(value)))
+
+
+def sign(folder: Path) -> None:
+    """Make a bundle list the files that are there, with the digests that they have."""
+    paths = [path for path in folder.iterdir() if path.name != MANIFEST]
+    files = {
+        path.name: {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(paths)
+    }
+    describe(folder, lambda value: value.update(files=files))
 
 
 SIZES = {

@@ -206,7 +206,7 @@ WRITTEN: tuple[Mutation, ...] = (
 
 
 def sign(folder: Path) -> None:
-    """Write the digests and sizes of all listed files anew."""
+    """Write the digests and sizes of all listed files anew, and the description's own."""
     path = folder / files.MANIFEST
     try:
         value = json.loads(path.read_bytes())
@@ -215,7 +215,7 @@ def sign(folder: Path) -> None:
             told["sha256"], told["size"] = sha256(data).hexdigest(), len(data)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return  # what lists them is itself what was changed
-    _rewrite(path, json.dumps(value).encode())
+    _rewrite(path, json.dumps(files.with_digest(value)).encode())
 
 
 def _open(folder: Path, log: Path) -> None:

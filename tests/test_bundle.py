@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, cli, python
+from conftest import EXAMPLES, cli, describe, python
 
 from ercbatch.bank import read_examples
-from ercbatch.bundle import find_bundle, open_bundle, read_info
+from ercbatch.bundle import FORMAT, find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
 
@@ -65,13 +65,12 @@ def test_a_missing_bundle_or_file_ends_with_4_and_the_next_step(
 
 
 def test_a_format_of_the_future_is_refused(bundle_folder: Path, tmp_path: Path) -> None:
-    value = json.loads((bundle_folder / "bundle.json").read_text())
-    (tmp_path / "bundle.json").write_text(json.dumps({**value, "format": "2.0"}))
+    shutil.copy(bundle_folder / "bundle.json", tmp_path)
+    describe(tmp_path, lambda value: value.update(format="2.0"))
     with pytest.raises(BundleError, match="upgrade ercbatch"):
         read_info(tmp_path)
-    (tmp_path / "bundle.json").write_text(
-        json.dumps({**value, "files": {"../up": {"size": 1, "sha256": ""}}})
-    )
+    files = {"../up": {"size": 1, "sha256": ""}}
+    describe(tmp_path, lambda value: value.update(format=FORMAT, files=files))
     with pytest.raises(BundleError, match="plain file name"):
         read_info(tmp_path)
 
@@ -109,12 +108,11 @@ def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(bundle_folder, base)
-    value = json.loads((base / "bundle.json").read_text())
-    (name,) = value["quality"]
-    assert 0 <= value["quality"][name]["weighted_f1_with_demonstrations"] <= 1
+    quality = read_info(base).quality
+    (name,) = quality
+    assert 0 <= quality[name]["weighted_f1_with_demonstrations"] <= 1
     figures = {"weighted_f1": 0.5, "weighted_f1_with_demonstrations": shown}
-    value["quality"][name] = figures
-    (base / "bundle.json").write_text(json.dumps(value))
+    describe(base, lambda value: value["quality"].update({name: figures}))
     examples = EXAMPLES / "my_examples.jsonl"
     done = cli("bank", "build", examples, "--bundle", base, "-o", tmp_path / "mine")
     assert done.returncode == 0, done.stderr

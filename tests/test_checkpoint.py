@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, python, write_model
+from conftest import EXAMPLES, describe, python, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
@@ -100,9 +99,8 @@ def test_what_is_no_checkpoint_is_told(
     ):
         folder = tmp_path / str(number)
         shutil.copytree(bundle_folder, folder)
-        value = json.loads((folder / "bundle.json").read_text())
-        value["architecture"] = architecture and {**value["architecture"], **architecture}
-        (folder / "bundle.json").write_text(json.dumps(value))
+        whole = architecture and {**read_info(folder).architecture, **architecture}
+        describe(folder, lambda value, whole=whole: value.update(architecture=whole))
         done = write(folder, tmp_path / "no")
         assert done.returncode == code, done.stderr
         assert words in done.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 import orjson
 import pytest
 import zstandard
-from conftest import EXAMPLES, ROOT, cli
+from conftest import EXAMPLES, ROOT, cli, describe
 from test_records import BAD
 
 from ercbatch import Labeler
@@ -267,8 +267,7 @@ def test_later_turns_are_refused_by_a_bundle_that_never_saw_any(
 ) -> None:
     folder = tmp_path / "past"
     shutil.copytree(bundle_folder, folder)
-    value = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**value, "later_turns": 0}))
+    describe(folder, lambda value: value.update(later_turns=0))
     done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", folder, "--context", "both")
     assert done.returncode == 2
     assert "not trained with later turns" in done.stderr

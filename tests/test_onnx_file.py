@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import onnx
 import pytest
-from conftest import EXAMPLES, cli
+from conftest import EXAMPLES, cli, sign
 from onnx_graphs import (
     WEIGHTS,
     choice,
@@ -180,17 +178,6 @@ def test_odd_external_data_is_refused(path: Path, tensor: onnx.TensorProto, word
         check_onnx(path, [WEIGHTS])
 
 
-def write_digests(folder: Path) -> None:
-    """Make `bundle.json` list the files of a folder as they are."""
-    value = json.loads((folder / "bundle.json").read_bytes())
-    value["files"] = {
-        p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-        for p in folder.iterdir()
-        if p.name != "bundle.json"
-    }
-    (folder / "bundle.json").write_text(json.dumps(value))
-
-
 def test_a_bundle_with_operators_of_others_ends_with_4(tmp_path: Path) -> None:
     """Its digests are right: they only say that the file is the one that its writer meant."""
     folder = tmp_path / "evil"
@@ -199,7 +186,7 @@ def test_a_bundle_with_operators_of_others_ends_with_4(tmp_path: Path) -> None:
         model = onnx.load(folder / name)
         model.graph.node.add(op_type="Run", domain="evil.ops")
         onnx.save(model, folder / name)
-        write_digests(folder)
+        sign(folder)
         done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", folder, "--demos", "1")
         assert (done.returncode, done.stdout) == (4, "")
         assert f"{name}: needs operators of the domain 'evil.ops'" in done.stderr
@@ -213,14 +200,14 @@ def test_a_bundle_labels_with_its_external_data_only_when_it_lists_it(tmp_path: 
     onnx.save(
         onnx.load(folder / MODEL), folder / MODEL, save_as_external_data=True, location=WEIGHTS
     )
-    write_digests(folder)
+    sign(folder)
     chat = EXAMPLES / "group_chat.jsonl"
     done = cli("label", chat, "--bundle", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout == cli("label", chat, "--bundle", "mini").stdout
     weights = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).unlink()
-    write_digests(folder)
+    sign(folder)
     (folder / WEIGHTS).write_bytes(weights)
     refused = cli("label", chat, "--bundle", folder)
     assert refused.returncode == 4

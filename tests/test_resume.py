@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli
+from conftest import ROOT, cli, describe
 from kill_loop import kill_loop, lines
 
 
@@ -185,8 +185,7 @@ def test_stdin_cannot_be_gone_on_with(bundle_folder: Path, tmp_path: Path) -> No
 
 def test_another_run_is_refused_and_told_what_differs(bundle_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(bundle_folder, tmp_path / "other")
-    manifest = other / "bundle.json"
-    manifest.write_text(manifest.read_text().replace('"turns": 3', '"turns": 2'))
+    describe(other, lambda value: value["window"].update(turns=2))
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     data = b"\n".join(lines(400, random.Random(4))) + b"\n"
     source.write_bytes(data)

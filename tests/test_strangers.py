@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, cli
+from conftest import EXAMPLES, cli, describe, sign
 from safetensors.numpy import load_file, save_file
 
 from ercbatch import bundle as files
@@ -29,24 +28,6 @@ def copy(bundle_folder: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "theirs"
     shutil.copytree(bundle_folder, folder)
     return folder
-
-
-def described(folder: Path, change: Callable[[Json], object]) -> None:
-    path = folder / files.MANIFEST
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def sign(folder: Path) -> None:
-    """Make the digests fit."""
-
-    def change(value: Json) -> None:
-        for name, digest in value["files"].items():
-            data = (folder / name).read_bytes()
-            digest |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    described(folder, change)
 
 
 def put(*path: str, value: Any) -> Callable[[Json], None]:
@@ -82,9 +63,29 @@ def put(*path: str, value: Any) -> Callable[[Json], None]:
     ],
 )
 def test_an_odd_description_is_refused(copy: Path, path: tuple[str, ...], value: Any) -> None:
-    described(copy, put(*path, value=value))
+    describe(copy, put(*path, value=value))
     with pytest.raises(BundleError, match=str(copy)):
         labels_a_word(open_bundle(copy))
+
+
+def test_a_description_is_whole_or_refused(copy: Path) -> None:
+    """Each of its bytes flipped, in turn, and each of its lines missing."""
+    manifest = copy / files.MANIFEST
+    data = manifest.read_bytes()
+    known, refused = read_info(copy), 0
+    for place in range(len(data)):
+        manifest.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            # The last of many digits need not make another number.
+            assert read_info(copy) == known
+        except BundleError:
+            refused += 1
+    assert refused > 0.99 * len(data)
+    rows = data.splitlines(keepends=True)
+    for number in range(len(rows)):
+        manifest.write_bytes(b"".join(rows[:number] + rows[number + 1 :]))
+        with pytest.raises(BundleError):
+            read_info(copy)
 
 
 def test_a_description_that_is_no_small_file_is_refused(copy: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_description_that_is_no_small_file_is_refused(copy: Path) -> None:
     "name", [files.MODEL, files.HEAD, files.TOKENIZER, files.ENCODER, "demonstrations.jsonl"]
 )
 def test_what_is_not_listed_is_not_opened(copy: Path, name: str) -> None:
-    described(copy, lambda value: value["files"].pop(name))
+    describe(copy, lambda value: value["files"].pop(name))
     (copy / name).write_bytes(b"altered")
     labelled = cli("label", CHAT, "--bundle", copy, "--demos", "1")
     assert labelled.returncode == 4, labelled.stderr
@@ -176,7 +177,7 @@ def test_demonstrations_of_another_encoder_are_refused(copy: Path) -> None:
 
 
 def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
-    described(copy, put("licence", value="\x1b[31mred\x07"))
+    describe(copy, put("licence", value="\x1b[31mred\x07"))
     shown = cli("bundle", "show", copy)
     assert shown.returncode == 0
     assert "\x1b" not in shown.stdout
@@ -185,6 +186,27 @@ def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
 
 def test_the_bundle_in_the_package_labels() -> None:
     labels_a_word(open_bundle(find_bundle("mini")))
+
+
+@pytest.mark.parametrize("place", ["added token", "pattern"])
+def test_a_tokenizer_that_takes_minutes_to_compile_is_refused(copy: Path, place: str) -> None:
+    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    if place == "pattern":
+        pattern = {"type": "Replace", "pattern": {"Regex": "a" * 100_000}, "content": "b"}
+        tokenizer["normalizer"] = pattern
+    else:
+        tokenizer["added_tokens"][0]["content"] = "a" * 100_000
+    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    sign(copy)
+    with pytest.raises(BundleError, match="a string in it is over 4,096 characters long"):
+        labels_a_word(open_bundle(copy))
+
+
+def test_a_tokenizer_of_hundreds_of_megabytes_is_not_read(copy: Path) -> None:
+    os.truncate(copy / files.TOKENIZER, 200_000_000)  # takes no room on the disk
+    sign(copy)
+    with pytest.raises(BundleError, match="over 134,217,728 bytes"):
+        labels_a_word(open_bundle(copy))
 
 
 def test_a_token_of_an_id_that_no_model_has_is_refused(copy: Path) -> None:
