@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -221,35 +220,27 @@ def test_a_closed_pipe_is_quiet(bundle_folder: Path, tmp_path: Path) -> None:
     assert done.stderr == b""
 
 
-def test_a_label_does_not_depend_on_its_neighbours(bundle_folder: Path) -> None:
-    """int8 included: scores alone, amid others, and in another order are equal to 1e-4."""
-    chance = random.Random(5)
-    words = "it is gone thank you where my door late again happy fridge no !".split()
-    dialogues = [
-        {
-            "utterances": [
-                {"speaker": chance.choice("AB"), "text": " ".join(chance.choices(words, k=8))}
-                for _ in range(chance.randint(1, 9))
-            ]
-        }
-        for _ in range(24)
-    ]
-    labeler = Labeler(str(bundle_folder), scores=True, demonstrations=2, threads=2)
-
-    def scores(order: list[int]) -> dict[int, list[list[float]]]:
-        found = labeler.label(dialogues[i] for i in order)
-        return {
-            i: [list((label.scores or {}).values()) for label in labeled.labels]
-            for i, labeled in zip(order, found, strict=True)
-        }
-
-    together = scores(list(range(24)))
-    shuffled = scores(chance.sample(range(24), 24))
-    for i in range(24):
-        alone = scores([i])[i]
-        for other in (together[i], shuffled[i]):
-            for one, two in zip(alone, other, strict=True):
-                assert one == pytest.approx(two, abs=1e-4)
+def test_a_slow_reader_gets_everything_and_fills_no_memory(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD * 8000)
+    command = [sys.executable, "-m", "ercbatch", "label", source, "--bundle", bundle_folder]
+    with subprocess.Popen([*command, "--quiet"], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        pages = Path(f"/proc/{process.pid}/statm")
+        lines = [process.stdout.readline() for _ in range(10)]
+        time.sleep(1)
+        before = int(pages.read_text().split()[1])
+        for _ in range(8):  # it has long filled the pipe, and waits
+            time.sleep(0.25)
+            lines.append(process.stdout.readline())
+        assert int(pages.read_text().split()[1]) - before < 512  # pages: 2 MB
+        assert process.poll() is None
+        lines += process.stdout.readlines()
+    assert process.returncode == 0
+    assert len(lines) == 8000
+    assert all(orjson.loads(line)["utterances"][0]["emotion"] for line in lines)
 
 
 def test_demonstrations_and_later_turns_change_what_is_seen(bundle_folder: Path) -> None:

@@ -1,0 +1,130 @@
+"""Does a label depend on what else is labelled? Dialogues alone, and amid others.
+
+    python -m benchmarks.neighbours INPUT
+
+Each dialogue is labelled alone, on one thread. Then, again and again, some of them are labelled
+together: which, in which order, how many tokens share a pack, and on how many threads is drawn.
+What is compared are the probabilities of each utterance's labels, before they are rounded for the
+output.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from ercbatch.cli import errors
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import UsageError
+from ercbatch.labeler import Labeler
+from ercbatch.pipeline import Engine
+from ercbatch.records import read_dialogues
+
+Rows = dict[int, npt.NDArray[np.float64]]
+"""Utterance -> its probabilities [labels]."""
+PACK_TOKENS = (1, 2048)
+"""From and to what is drawn; a tree that has more is a pack of its own."""
+THREADS = (1, 2, 3)
+
+
+@dataclass(slots=True)
+class Found:
+    """What came of comparing so many utterances with the same ones labelled alone."""
+
+    compared: int = 0
+    other_labels: int = 0
+    not_to_the_last_bit: int = 0
+    largest_difference: float = 0.0
+    """Of two probabilities of one label."""
+
+    def add(self, rows: Rows, alone: Rows) -> None:
+        """Compare the utterances of a dialogue."""
+        assert rows.keys() == alone.keys()
+        for t, row in rows.items():
+            self.compared += 1
+            self.other_labels += int(row.argmax() != alone[t].argmax())
+            self.not_to_the_last_bit += int(not np.array_equal(row, alone[t]))
+            gap = float(np.abs(row - alone[t]).max())
+            self.largest_difference = max(self.largest_difference, gap)
+
+
+class Company:
+    """The same dialogues, again and again, in other company."""
+
+    def __init__(self, labelers: Sequence[Labeler], dialogues: Sequence[Dialogue]) -> None:
+        self._engines = [labeler.engine for labeler in labelers]
+        self._dialogues = dialogues
+        self._alone = [
+            self._rows(self._engines[0], [number])[0] for number in range(len(dialogues))
+        ]
+
+    def _rows(self, engine: Engine, order: Sequence[int]) -> list[Rows]:
+        return [rows for _, _, rows in engine.run((n, self._dialogues[n]) for n in order)]
+
+    def compare(self, found: Found, order: Sequence[int], pack_tokens: int, labeler: int) -> None:
+        """Label dialogues in this order and packs of such a size, with one of the labelers."""
+        engine = replace(self._engines[labeler], pack_tokens=pack_tokens)
+        for number, rows in zip(order, self._rows(engine, order), strict=True):
+            found.add(rows, self._alone[number])
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--bundle", default="mini", show_default=True)
+@click.option("--label-set", help="One of the bundle's; default: its first.")
+@click.option("--demos", type=int, default=0, show_default=True, help="Shown with each question.")
+@click.option(
+    "--dialogues", type=click.IntRange(2), default=200, show_default=True, help="At most."
+)
+@click.option("--trials", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(
+    source: Path,
+    bundle: str,
+    label_set: str | None,
+    demos: int,
+    dialogues: int,
+    trials: int,
+    seed: int,
+) -> None:
+    """Label the dialogues of SOURCE (JSONL) in company that is drawn."""
+    draw = random.Random(seed)
+    with errors():
+        given = [dialogue for _, dialogue in read_dialogues(source)]
+        if len(given) < 2:
+            raise UsageError(f"{source}: one dialogue has no neighbours: give more")
+        given = draw.sample(given, min(dialogues, len(given)))
+        labelers = [
+            Labeler(bundle, label_set=label_set, demonstrations=demos, threads=n) for n in THREADS
+        ]
+        company, found = Company(labelers, given), Found()
+        for _ in range(trials):
+            order = draw.sample(range(len(given)), draw.randint(2, min(30, len(given))))
+            # Small packs as often as large ones.
+            tokens = int(2 ** draw.uniform(*np.log2(PACK_TOKENS)))
+            company.compare(found, order, tokens, draw.randrange(len(THREADS)))
+    result = {
+        "bundle": bundle,
+        "form": labelers[0].bundle.info.form,
+        "demonstrations": demos,
+        "dialogues": len(given),
+        "trials": trials,
+        "utterances_compared": found.compared,
+        "other_labels": found.other_labels,
+        "not_to_the_last_bit": found.not_to_the_last_bit,
+        "largest_difference": found.largest_difference,
+    }
+    for key, value in result.items():
+        click.echo(f"{key:>20}  {value}")
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.neighbours")
