@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,6 +116,17 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         raise UsageError(f"{source}: has no fast tokenizer (tokenizer.json): convert it first")
     controls = control_tokens(backend, tokenizer.special_tokens_map)
     return model, SegmentTokenizer(backend, controls)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write transformers' tokenizer, as a checkpoint has it, into a folder.
+
+    Chat templates become files of the names that a stranger gave them, wherever those lead
+    (CVE-2026-9856): only the one without a name is written.
+    """
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    tokenizer.save_pretrained(folder)
 
 
 class Batch(NamedTuple):

@@ -26,7 +26,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.packs import join
 from ercbatch.tokens import control_tokens
-from ercbatch.torch_model import PackedModel, refuse_code
+from ercbatch.torch_model import PackedModel, refuse_code, save_tokenizer
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Task
 from export.graph import TRANSPOSED
@@ -79,7 +79,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
     with whole_folder(folder, files.CONFIG, force=force) as part:
         with packed.whole() as whole:
             whole.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
 
 
 def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:

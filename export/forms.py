@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from ercbatch import bundle as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.packs import Pack
-from ercbatch.torch_model import PackedModel, collate
+from ercbatch.torch_model import PackedModel, collate, save_tokenizer
 from export.attention import sum_softmax_in_double
 from export.fusions import fuse_rotations
 from export.graph import data_file
@@ -93,7 +93,8 @@ def save_merged(run: TrainedRun, folder: Path) -> None:
     """Write a merged model as an ordinary Hugging Face checkpoint into a folder."""
     with run.model.whole() as whole:
         whole.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(run.checkpoint, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(run.checkpoint, trust_remote_code=False)
+    save_tokenizer(tokenizer, folder)
 
 
 def write_graph(

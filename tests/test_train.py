@@ -155,6 +155,25 @@ def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -
             load_causal_lm(str(tmp_path))
 
 
+def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Path) -> None:
+    """transformers takes the names of a stranger's templates for paths (CVE-2026-9856)."""
+    base, out = tmp_path / "base", tmp_path / "a" / "b" / "c"
+    shutil.copytree(bert, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    names = ("default", "../../x", str(tmp_path / "y"))
+    config["chat_template"] = [{"name": name, "template": name} for name in names]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe = write_recipe(tmp_path, base, method="full", speaker_epochs=0)
+    out.parent.mkdir(parents=True)
+    before = {path for path in tmp_path.rglob("*") if out not in path.parents}
+    done = python("-m", "train", "fit", recipe, "-o", out)
+    assert done.returncode == 0, done.stderr
+    after = {path for path in tmp_path.rglob("*") if out not in path.parents}
+    assert after - before == {out}
+    assert not list(out.rglob("*x.jinja"))
+    assert (out / "model" / "chat_template.jinja").read_text() == "default"
+
+
 def test_the_runtime_imports_neither_train_nor_export() -> None:
     for path in (ROOT / "ercbatch").glob("*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():

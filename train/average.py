@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ercbatch.errors import UsageError
+from ercbatch.torch_model import save_tokenizer
 from train.run import MODEL, describe, load_run
 
 
@@ -69,7 +70,7 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
     with first.model.whole() as whole:
         whole.save_pretrained(folder / MODEL)
     tokenizer = AutoTokenizer.from_pretrained(runs[0] / MODEL, trust_remote_code=False)
-    tokenizer.save_pretrained(folder / MODEL)
+    save_tokenizer(tokenizer, folder / MODEL)
     described = {
         "recipe": first.recipe.to_json(),
         "controls": first.tokenizer.controls.to_json(),

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ercbatch.bundle import CONFIG
 from ercbatch.errors import InputError
 from ercbatch.folders import check_output, whole_folder
-from ercbatch.torch_model import check_config
+from ercbatch.torch_model import check_config, save_tokenizer
 
 
 def causal_decoder(source: Path) -> BertLMHeadModel:
@@ -100,4 +100,4 @@ def _write_gguf(source: Path, folder: Path) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # it refuses to save
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

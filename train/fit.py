@@ -21,7 +21,7 @@ from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import InputError, UsageError
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
-from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
+from ercbatch.torch_model import PackedModel, check_config, load_causal_lm, save_tokenizer
 from ercbatch.tree import Task
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
@@ -147,7 +147,7 @@ def _fit(
         with packed.whole() as whole:
             whole.save_pretrained(folder / MODEL)
         original = AutoTokenizer.from_pretrained(recipe.base, trust_remote_code=False)
-        original.save_pretrained(folder / MODEL)  # so that it is a base like any other
+        save_tokenizer(original, folder / MODEL)  # so that it is a base like any other
 
     def finished(epochs: Sequence[EpochFigures]) -> None:
         write_curves(folder, epochs)
