@@ -5,8 +5,9 @@
 Dialogues of 1 to 3 turns are invented, among them some blank and some bad lines, and labelled by
 `ercbatch label` into a file. Once the journal says that so many dialogues are labelled, the
 resident memory of the process is read (Linux). With --kills the run is killed so often on its way,
-and goes on. At the end the lines of the outputs are counted, and the ids of the labelled dialogues
-compared with those of the input.
+some seconds after a commit, and goes on; what that loses is the time since the last commit. At the
+end the lines of the outputs are counted, and the ids of the labelled dialogues compared with those
+of the input.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 
@@ -88,7 +90,14 @@ def _ids(path: Path) -> Iterator[int]:
 @click.option("--dialogues", type=click.IntRange(1), default=1_000_000, show_default=True)
 @click.option("--bundle", default="mini", show_default=True)
 @click.option("--kills", type=click.IntRange(0), default=0, show_default=True)
-def main(work: Path, dialogues: int, bundle: str, kills: int) -> None:
+@click.option(
+    "--after",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="Seconds after a commit was seen within which a run is killed.",
+)
+def main(work: Path, dialogues: int, bundle: str, kills: int, after: float) -> None:
     """Label so many dialogues in the folder WORK."""
     work.mkdir(parents=True, exist_ok=True)
     source, output = work / "in.jsonl", work / "out.jsonl"
@@ -98,6 +107,8 @@ def main(work: Path, dialogues: int, bundle: str, kills: int) -> None:
     marks = [mark for mark in _MARKS if mark <= dialogues]
     ends = [dialogues * (k + 1) // (kills + 1) for k in range(kills)]
     memory: dict[str, float] = {}
+    lost: list[float] = []
+    draw = random.Random(0)
     began = time.monotonic()
     journal = output.with_name(output.name + JOURNAL)
     while True:
@@ -108,7 +119,10 @@ def main(work: Path, dialogues: int, bundle: str, kills: int) -> None:
                 memory[str(marks.pop(0))] = resident_mb(process.pid)
             if ends and done >= ends[0]:
                 ends.pop(0)
-                process.kill()
+                time.sleep(draw.uniform(0, after))
+                with suppress(FileNotFoundError):  # it has ended meanwhile
+                    lost.append(time.time() - journal.stat().st_mtime)
+                    process.kill()
             last = resident_mb(process.pid) if process.poll() is None else 0.0
             if last:
                 memory["last"] = last
@@ -125,7 +139,8 @@ def main(work: Path, dialogues: int, bundle: str, kills: int) -> None:
         "counts": counts,
         "utterances": manifest["counts"]["utterances"],
         "all_accounted_for": same,
-        "kills": kills,
+        "kills": len(lost),
+        "most_seconds_lost": round(max(lost, default=0.0), 3),
         "resident_mb": memory,
         "growth_mb": round(max(memory.values()) - low, 1),
         "seconds": round(seconds, 1),
