@@ -47,8 +47,8 @@ Mutation = Callable[[Path, random.Random], str]
 """Changes a bundle folder; what it did."""
 
 
-def _pick(folder: Path, draw: random.Random) -> Path:
-    return draw.choice(sorted(p for p in folder.iterdir() if p.suffix != ".md"))
+def _pick(folder: Path, draw: random.Random, count: int = 1) -> list[Path]:
+    return draw.sample(sorted(p for p in folder.iterdir() if p.suffix != ".md"), count)
 
 
 def _rewrite(path: Path, data: bytes) -> None:
@@ -59,7 +59,7 @@ def _rewrite(path: Path, data: bytes) -> None:
 
 def flip(folder: Path, draw: random.Random) -> str:
     """Some bytes become others."""
-    path = _pick(folder, draw)
+    (path,) = _pick(folder, draw)
     data = bytearray(path.read_bytes())
     places = draw.sample(range(len(data)), min(len(data), draw.choice((1, 1, 8))))
     for place in places:
@@ -70,17 +70,17 @@ def flip(folder: Path, draw: random.Random) -> str:
 
 def flip_early(folder: Path, draw: random.Random) -> str:
     """A byte among the first or the last becomes another: headers and trailers."""
-    path = _pick(folder, draw)
+    (path,) = _pick(folder, draw)
     data = bytearray(path.read_bytes())
     place = draw.randrange(min(len(data), 512)) * draw.choice((1, -1))
-    data[place] = draw.randrange(256)
+    data[place] ^= draw.randrange(1, 256)
     _rewrite(path, bytes(data))
     return f"{path.name}: byte {place}"
 
 
 def cut(folder: Path, draw: random.Random) -> str:
     """The end of a file is missing, or some of its middle."""
-    path = _pick(folder, draw)
+    (path,) = _pick(folder, draw)
     data = path.read_bytes()
     start = draw.randrange(len(data))
     end = len(data) if draw.random() < 0.5 else min(len(data), start + draw.randrange(1, 1000))
@@ -90,7 +90,7 @@ def cut(folder: Path, draw: random.Random) -> str:
 
 def extend(folder: Path, draw: random.Random) -> str:
     """A file has more in it."""
-    path = _pick(folder, draw)
+    (path,) = _pick(folder, draw)
     data = path.read_bytes()
     place = draw.choice((len(data), draw.randrange(len(data))))
     more = draw.randbytes(draw.choice((1, 8, 1000)))
@@ -100,7 +100,7 @@ def extend(folder: Path, draw: random.Random) -> str:
 
 def swap(folder: Path, draw: random.Random) -> str:
     """A file has the content of another."""
-    one, other = _pick(folder, draw), _pick(folder, draw)
+    one, other = _pick(folder, draw, 2)
     _rewrite(one, other.read_bytes())
     return f"{one.name}: is {other.name}"
 
@@ -183,7 +183,7 @@ def graph_field(folder: Path, draw: random.Random) -> str:
 
 def no_file(folder: Path, draw: random.Random) -> str:
     """A file is missing, or something else is in its place."""
-    path = _pick(folder, draw)
+    (path,) = _pick(folder, draw)
     path.unlink()
     kind = draw.choice(("missing", "folder", "pipe", "link", "loop"))
     if kind == "folder":
