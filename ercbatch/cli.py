@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import signal
@@ -13,13 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from ercbatch.errors import ErcbatchError, MissingExtraError, OutputError, UsageError
+from ercbatch.errors import (
+    ErcbatchError,
+    InputError,
+    LimitError,
+    MissingExtraError,
+    OutputError,
+    UsageError,
+)
+from ercbatch.streams import printable, steady_streams
 
 FINISHED_WITH_REJECTS = 3
 STOPPED = 75
+_PATIENCE = 2.0
+"""Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 CLOSED_PIPE = 141
 
+_MOST = 1 << 62
+"""Of bytes and the like: numbers that every library takes."""
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
 
 
@@ -27,8 +41,12 @@ class Failure(click.ClickException):
     """An error of ours, as click shows it."""
 
     def __init__(self, error: ErcbatchError) -> None:
-        super().__init__(str(error))
+        # Names of files, labels and nodes are a stranger's; our own messages have lines.
+        super().__init__("\n".join(map(printable, str(error).split("\n"))))
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Stopped(BaseException):
@@ -50,26 +68,38 @@ def errors() -> Iterator[None]:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CLOSED_PIPE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        # A working file, in no output's care.
-        full = OutputError(f"{error}: make room, there or by TMPDIR elsewhere, and try again")
-        raise Failure(full) from error
+    except OSError as error:  # of a file in no output's care: a working one, or stdout
+        mend = "see to it, and try again"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            mend = "make room, there or by TMPDIR elsewhere, and try again"
+        raise Failure(OutputError(f"{error}: {mend}")) from error
 
 
 class _Stopper:
-    """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded."""
+    """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded.
+
+    Where `patience` is set, what is shielded has so many seconds: it may wait for a reader.
+    """
 
     def __init__(self) -> None:
         self._shielded = False
         self._noted: int | None = None
+        self.patience: float | None = None
 
     def __call__(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for each in _STOPPING:
+            if signal.getsignal(each) is self:
+                signal.signal(each, signal.SIG_DFL)
         if not self._shielded:
             raise _Stopped(number)
         self._noted = number
+        if self.patience is not None:
+            signal.signal(signal.SIGALRM, self._impatient)
+            signal.setitimer(signal.ITIMER_REAL, self.patience)
+
+    def _impatient(self, number: int, frame: object) -> None:
+        assert self._noted is not None
+        raise _Stopped(self._noted)
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -88,7 +118,11 @@ class _Stopper:
 def stoppable() -> Iterator[_Stopper]:
     """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
     stop = _Stopper()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, stop)
+        for number in _STOPPING
+        if signal.getsignal(number) is not signal.SIG_IGN  # as in the background, or by nohup
+    }
     try:
         yield stop
     except _Stopped as stopped:
@@ -112,15 +146,17 @@ def _resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
     except BaseException as error:
         begun = output is not None and output.with_name(output.name + JOURNAL).exists()
         again = begun and can_resume(inputs)
+        # An input that is broken, or was changed, must become another one first.
+        begun = begun and (isinstance(error, LimitError) or not isinstance(error, InputError))
         if isinstance(error, _Stopped):
             click.echo(f"ercbatch: {error}", err=True)
-        if again:
+        if begun and again:
             click.echo(f"ercbatch: to go on: {_resuming(sys.argv)}", err=True)
         elif begun:
             click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
         if isinstance(error, _Stopped):
-            # Threads may be at work on packs, or wait for input: none of them is waited for.
-            sys.stdout.flush()
+            # Threads may be at work on packs, or wait for input: none of them is waited for, nor
+            # is whoever reads stdout.
             sys.stderr.flush()
             os._exit(STOPPED if again else 128 + error.number)
         raise
@@ -130,8 +166,21 @@ def _resuming(argv: Sequence[str]) -> str:
     """The command that goes on with the one that was given."""
     module = Path(argv[0]).name == "__main__.py"
     program = ["python", "-m", "ercbatch"] if module else [Path(argv[0]).name]
-    given = [word for word in argv[1:] if word not in ("--force", "--resume")]
-    return shlex.join([*program, *given, "--resume"])
+    at = argv.index("label") + 1
+    end = argv.index("--") if "--" in argv else len(argv)
+    given = [word for word in argv[at:end] if word not in ("--force", "--resume")]
+    words = [*program, *argv[1:at], "--resume", *given, *argv[end:]]
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; one that is not UTF-8 as bash, zsh and ksh do."""
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (
+        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(word)
+    )
+    return f"$'{''.join(letters)}'"
 
 
 @click.group(
@@ -143,6 +192,7 @@ def main() -> None:
 
     Every option can be set in the environment too, as ERCBATCH_COMMAND_OPTION.
     """
+    steady_streams()
 
 
 @main.command()
@@ -182,11 +232,11 @@ def main() -> None:
     help="File for bad lines; default: OUTPUT.rejects.jsonl.",
 )
 @click.option(
-    "--max-errors", type=click.IntRange(0), metavar="N", help="Give up after N bad lines."
+    "--max-errors", type=click.IntRange(0), metavar="N", help="Give up at more than N bad lines."
 )
 @click.option(
     "--max-line-bytes",
-    type=click.IntRange(1),
+    type=click.IntRange(1, _MOST),
     default=64 << 20,
     show_default=True,
     metavar="N",
@@ -194,7 +244,7 @@ def main() -> None:
 )
 @click.option(
     "--max-turns",
-    type=click.IntRange(1),
+    type=click.IntRange(1, _MOST),
     default=100_000,
     show_default=True,
     metavar="N",
@@ -202,7 +252,7 @@ def main() -> None:
 )
 @click.option(
     "--max-characters",
-    type=click.IntRange(1),
+    type=click.IntRange(1, _MOST),
     default=1_000_000,
     show_default=True,
     metavar="N",
@@ -210,7 +260,7 @@ def main() -> None:
 )
 @click.option(
     "--max-file-bytes",
-    type=click.IntRange(1),
+    type=click.IntRange(1, _MOST),
     default=1 << 40,
     show_default=True,
     metavar="N",
@@ -261,9 +311,10 @@ def label(
 ) -> None:
     """Label JSONL dialogues: files, folders, globs, or - for stdin; .gz and .zst too."""
     if not quiet:
-        click.echo(f"ercbatch: loading bundle {bundle}", err=True)
+        click.echo(f"ercbatch: loading bundle {printable(bundle)}", err=True)
     with errors(), stoppable() as stop:
         from ercbatch.labeler import Labeler
+        from ercbatch.output import Files
         from ercbatch.records import Limits, expand_inputs
         from ercbatch.run import RunOptions, dry_run_label, run_label
 
@@ -279,12 +330,21 @@ def label(
                 runtime=runtime,
             )
             if not quiet:
-                click.echo(f"ercbatch: {labeler.describe()}", err=True)
+                click.echo(f"ercbatch: {printable(labeler.describe())}", err=True)
             return labeler
 
+        source = click.get_current_context().get_parameter_source
+        if resume and source("resume") == ParameterSource.COMMANDLINE != source("force"):
+            force = False  # set for all commands, in the environment
+        if not math.isfinite(commit_every):
+            raise UsageError("--commit-every is no number of seconds")
+        if output == Path("-"):
+            output = None
+        own = Files.of(output, rejects).left() if output and output.name else ()
+        stop.patience = _PATIENCE if output is None else None
         options = RunOptions(
-            inputs=tuple(expand_inputs(inputs)),
-            output=None if output == Path("-") else output,
+            inputs=tuple(expand_inputs(inputs, own)),
+            output=output,
             rejects=rejects,
             max_errors=max_errors,
             limits=Limits(max_line_bytes, max_turns, max_characters, max_file_bytes),

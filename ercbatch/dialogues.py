@@ -20,10 +20,12 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Utterances in order; `record` is the parsed input record, carried through to the output."""
+    """Utterances in order; `record` is the parsed input record, carried through to the output, and
+    `size` the bytes of the line that it was read from."""
 
     utterances: tuple[Utterance, ...]
     record: Mapping[str, Any] = field(compare=False, repr=False, default_factory=dict)
+    size: int = field(compare=False, repr=False, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,10 @@ class LabeledDialogue:
     labels: tuple[UtteranceLabel, ...]
 
     def to_record(self) -> dict[str, Any]:
-        """The input record, with `emotion`, `confidence` and `scores` in each utterance."""
+        """The input record, with `emotion`, `confidence` and `scores` in each utterance.
+
+        Scores that an earlier labelling gave are not those of these labels: they are left out.
+        """
         record = dict(self.dialogue.record)
         if not record:
             turns: list[dict[str, Any]] = []
@@ -58,7 +63,7 @@ class LabeledDialogue:
         key = "utterances" if "utterances" in record else "messages"
         record[key] = [
             {
-                **turn,
+                **{name: own for name, own in turn.items() if name != "scores"},
                 "emotion": label.emotion,
                 "confidence": label.confidence,
                 **({} if label.scores is None else {"scores": dict(label.scores)}),

@@ -4,6 +4,7 @@ ErcbatchError                 exit 1
 ├── UsageError                exit 2: the call or its settings are wrong
 │   └── MissingExtraError     an optional dependency is not installed
 ├── InputError                exit 4: an input file cannot be used at all
+│   └── LimitError            it is beyond a limit: a run can go on with a higher one
 ├── OutputError               exit 1: an output cannot be written
 ├── StoppedError              exit 75: an output cannot be written on; the run can be gone on with
 ├── LossError                 exit 1: a bundle would fall short of the model it is made from
@@ -37,6 +38,10 @@ class InputError(ErcbatchError):
     """An input file cannot be read or is not what it should be."""
 
     exit_code = 4
+
+
+class LimitError(InputError):
+    """An input is beyond a limit that was set; with a higher one the run can go on."""
 
 
 class OutputError(ErcbatchError):

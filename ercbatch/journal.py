@@ -13,8 +13,9 @@ import fcntl
 import hashlib
 import os
 import reprlib
-from collections.abc import Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ import orjson
 from ercbatch.checked import integer, mapping, number, string
 from ercbatch.errors import OutputError, UsageError
 
-FORMAT = 1
+FORMAT = 2
 _CHECK = b',"check":"'
 _DIGITS = 16
 """Hexadecimal digits of a line's digest that are written."""
@@ -79,6 +80,7 @@ class Commit:
     """Bytes."""
     sha256: str
     """Of so much of the output."""
+    rejects_sha256: str
     labelled: int
     rejected: int
     utterances: int
@@ -97,6 +99,7 @@ class Commit:
             place=Place.from_json(value["place"]),
             restart=Place.from_json(value["restart"]),
             sha256=string(value["sha256"]),
+            rejects_sha256=string(value["rejects_sha256"]),
             seconds=number(value["seconds"]),
             **{key: integer(value[key], high=_MOST) for key in counts},
         )
@@ -106,7 +109,8 @@ class Journal:
     """An open journal, locked: one run at a time writes to an output.
 
     `identity` is what the run was that wrote it (None where it got no further than to make it),
-    `commit` its last one, and `manifest` that of a run that was done. `new` says that no run did.
+    `commit` its last one, and `manifest` that of a run that was done. `foreign` says that it holds
+    something, and no run: it is somebody else's, or its beginning was altered.
 
     Raises:
         UsageError: another run holds it, or it cannot be written.
@@ -117,11 +121,11 @@ class Journal:
         self.identity: dict[str, Any] | None = None
         self.commit: Commit | None = None
         self.manifest: dict[str, Any] | None = None
-        self.new = not path.exists()
         self._removed = False
         self._file = _locked(path)
         try:
             self._end = self._read()
+            self.foreign = self.identity is None and os.fstat(self._file).st_size > 0
         except OSError as error:
             os.close(self._file)
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
@@ -152,6 +156,7 @@ class Journal:
         Raises:
             OSError: it cannot be written.
         """
+        self.foreign = False
         self.identity, self.commit, self.manifest, self._end = dict(identity), None, None, 0
         self._append(identity)
         _sync_folder(self.path.parent)
@@ -176,12 +181,15 @@ class Journal:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         line = _line(value)
-        os.ftruncate(self._file, self._end)  # what a run that died had begun to write
-        os.lseek(self._file, self._end, os.SEEK_SET)
-        rest = memoryview(line)
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
-        os.fsync(self._file)
+        with _told(self.path):
+            os.ftruncate(self._file, self._end)  # what a run that died had begun to write
+            os.lseek(self._file, self._end, os.SEEK_SET)
+            try:
+                _write(self._file, line)
+            except OSError:
+                os.ftruncate(self._file, self._end)
+                raise
+            os.fsync(self._file)
         self._end += len(line)
 
     def remove(self) -> None:
@@ -199,34 +207,63 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         """Let others have it; an empty one is removed."""
-        if self.identity is None and not self._removed:
+        if self.identity is None and not self.foreign and not self._removed:
             with suppress(OSError):
                 self.path.unlink()
         os.close(self._file)
 
 
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of calls that know a file by its number alone name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _write(file: int, data: bytes | bytearray) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
 class Appended:
     """A file that a run adds to: what is written up to a commit stays, what comes after may not.
+    It is locked: no other run adds to it.
 
     Args:
         path: of the file.
         length: bytes of it to keep.
+        sha256: their digest; None where nothing is to be kept.
 
     Raises:
         OSError: it cannot be opened or cut.
+        OutputError: it does not begin so.
+        UsageError: another run writes to it.
     """
 
     _GATHERED = 1 << 20
     """Bytes that are written at a time."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, sha256: str | None) -> None:
         self.path = path
         self.length = length
         self.sha256 = hashlib.sha256()
         self._gathered = bytearray()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self._keep(length)
+            with _told(path):
+                _lock(self._file, path)
+                self._keep(length)
+                if sha256 not in (None, self.sha256.hexdigest()):
+                    raise OutputError(
+                        f"{path}: it is not what its journal says: begin again with --force"
+                    )
+                os.ftruncate(self._file, length)
+                os.lseek(self._file, length, os.SEEK_SET)
         except BaseException:
             os.close(self._file)
             raise
@@ -242,8 +279,6 @@ class Appended:
                     )
                 self.sha256.update(piece)
                 length -= len(piece)
-        os.ftruncate(self._file, self.length)
-        os.lseek(self._file, self.length, os.SEEK_SET)
 
     def add(self, data: bytes) -> None:
         """Add some bytes.
@@ -263,9 +298,8 @@ class Appended:
         Raises:
             OSError: it cannot be written.
         """
-        rest = memoryview(self._gathered)
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+        with _told(self.path):
+            _write(self._file, self._gathered)
         self._gathered = bytearray()
 
     def settle(self) -> None:
@@ -275,7 +309,8 @@ class Appended:
             OSError: it cannot be.
             OutputError: the file is no longer in its place.
         """
-        os.fsync(self._file)
+        with _told(self.path):
+            os.fsync(self._file)
         try:
             same = os.path.samestat(os.fstat(self._file), os.stat(self.path))
         except FileNotFoundError:
@@ -304,15 +339,22 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], under: str = "")
 def put_in_place(part: Path, whole: Path) -> None:
     """Rename a complete file, and bring the new name to the disk.
 
+    What is replaced hands on who may read it.
+
     Raises:
         OSError: it cannot be.
     """
+    with suppress(FileNotFoundError):
+        shutil.copymode(whole, part)
     os.replace(part, whole)
     _sync_folder(whole.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one may write there, and not look
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -335,21 +377,27 @@ def _locked(path: Path) -> int:
                 f"{path}: cannot be written: {error.strerror}: choose another --output"
             ) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, path)
             # The run that held it may have been over, and have removed it, just now.
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
         except FileNotFoundError:
             pass
-        except BlockingIOError as error:
+        except BaseException:
             os.close(file)
-            raise UsageError(
-                f"{path}: another run is writing there: wait for it, or choose another --output"
-            ) from error
-        except OSError as error:
-            os.close(file)
-            raise UsageError(f"{path}: cannot be locked: {error.strerror}") from error
+            raise
         os.close(file)
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{path}: another run is writing there: wait for it, or choose another file"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be locked: {error.strerror}") from error
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -10,15 +11,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 
+from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
 from ercbatch.errors import OutputError
 from ercbatch.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
 from ercbatch.records import MANIFEST, REJECTS, Reject, dump_record
-from ercbatch.transcript import print_dialogue, printable
+from ercbatch.streams import printable
+from ercbatch.transcript import print_dialogue
 
 PART, JOURNAL = ".part", ".journal"
 """Endings of the names of what stands beside an output while it is written."""
@@ -51,6 +54,15 @@ class Files:
         """What was labelled, with what, and what it came to."""
         return self._beside(MANIFEST)
 
+    @property
+    def unfinished_manifest(self) -> Path:
+        """The manifest until it is whole."""
+        return self._beside(MANIFEST + PART)
+
+    def left(self) -> tuple[Path, ...]:
+        """What a run that was stopped has left here: no input, though it be in an input folder."""
+        return (self.output, self.rejects) if self.journal.exists() else ()
+
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(self.output.name + ending)
 
@@ -76,13 +88,15 @@ class Tally:
 
 
 class StreamOutput:
-    """Labelled dialogues on stdout, as they come; rejects in a file, or as sentences on stderr."""
+    """Labelled dialogues on stdout, as they come; rejects in a file, or as sentences on stderr.
+
+    Raises:
+        OSError: the file cannot be written.
+        UsageError: another run writes to it.
+    """
 
     def __init__(self, rejects: Path | None) -> None:
-        self._path = rejects
-        self._rejects: BinaryIO | None = None
-        if rejects is not None:
-            rejects.unlink(missing_ok=True)
+        self._rejects = None if rejects is None else Appended(rejects, 0, None)
         terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=False) if terminal else None
 
@@ -96,18 +110,18 @@ class StreamOutput:
 
     def reject(self, reject: Reject, tally: Tally) -> None:
         """Write a reject, with which the run has come to so much."""
-        if self._path is None:
+        if self._rejects is None:
             place = printable(reject.at.file)
             print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
             return
-        if self._rejects is None:
-            self._rejects = self._path.open("wb")
-        self._rejects.write(dump_record(reject.to_record()))
+        self._rejects.add(dump_record(reject.to_record()))
+        self._rejects.flush()
 
     def close(self) -> None:
         """Close what was opened."""
         if self._rejects is not None:
             self._rejects.close()
+            _remove_empty(self._rejects.path)
 
 
 class FileOutput:
@@ -118,19 +132,21 @@ class FileOutput:
 
     Raises:
         OSError: the files cannot be opened.
-        OutputError: they hold less than the journal says.
+        OutputError: they hold something else than the journal says.
+        UsageError: another run writes rejects there.
     """
 
     def __init__(self, files: Files, journal: Journal, every: float) -> None:
         self.files = files
         self._journal = journal
-        commit = journal.commit
-        self._output = Appended(files.part, commit.output if commit else 0)
-        self._rejects: Appended | None = None
-        if commit and commit.rejects:
-            self._rejects = Appended(files.rejects, commit.rejects)
+        was = journal.commit
+        # Rejects have their file from the start, so that no other run takes the name meanwhile.
+        if was is None:
+            self._rejects = Appended(files.rejects, 0, None)
+            self._output = Appended(files.part, 0, None)
         else:
-            files.rejects.unlink(missing_ok=True)
+            self._rejects = Appended(files.rejects, was.rejects, was.rejects_sha256)
+            self._output = Appended(files.part, was.output, was.sha256)
         self._every = every
         self._tally: Tally | None = None
         """What is written and not committed."""
@@ -163,18 +179,15 @@ class FileOutput:
         if self._failed is not None:
             raise self._failed
         with self._lock:
-            if self._rejects is None:
-                self._rejects = Appended(self.files.rejects, 0)
             self._rejects.add(dump_record(reject.to_record()))
             self._tally = tally
 
     def _committing(self) -> None:
-        while not self._over.wait(self._every):
-            try:
+        try:
+            while not self._over.wait(self._every):
                 self._commit()
-            except BaseException as error:  # it is raised where more is written
-                self._failed = error
-                return
+        except BaseException as error:  # it is raised where more is written
+            self._failed = error
 
     def _commit(self) -> None:
         """Bring to the disk what is written, and then say so in the journal."""
@@ -182,15 +195,19 @@ class FileOutput:
             tally, self._tally = self._tally, None
             if tally is None:
                 return
-            files = [file for file in (self._rejects, self._output) if file is not None]
-            for file in files:
+            for file in (self._rejects, self._output):
                 file.flush()
-            output, rejects = self._output.length, self._rejects.length if self._rejects else 0
-            sha256 = self._output.sha256.hexdigest()
-        for file in files:
+            told = {name: getattr(tally, name) for name in Tally.__slots__}
+            commit = Commit(
+                output=self._output.length,
+                sha256=self._output.sha256.hexdigest(),
+                rejects=self._rejects.length,
+                rejects_sha256=self._rejects.sha256.hexdigest(),
+                **told,
+            )
+        for file in (self._rejects, self._output):
             file.settle()
-        told = {name: getattr(tally, name) for name in Tally.__slots__}
-        self._journal.write(Commit(output=output, rejects=rejects, sha256=sha256, **told))
+        self._journal.write(commit)
 
     def stop(self) -> None:
         """Commit what is written, and close the files.
@@ -205,13 +222,31 @@ class FileOutput:
                 self._commit()
         finally:
             for file in (self._output, self._rejects):
-                if file is not None:
-                    file.close()
+                file.close()
 
     @property
     def sha256(self) -> str:
         """Of the output."""
         return self._output.sha256.hexdigest()
+
+
+def _remove_empty(path: Path) -> None:
+    with suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> None:
@@ -225,9 +260,9 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
         journal.finish(manifest)
     if files.part.exists():
         put_in_place(files.part, files.output)
-    elif not files.output.exists():
+    elif digest_of(files.output) != mapping(manifest.get("output")).get("sha256"):
         raise OutputError(f"{files.part}: it is there no more: begin anew with --force")
-    new = files.manifest.with_name(files.manifest.name + PART)
+    new = files.unfinished_manifest
     try:
         with new.open("w", encoding="utf-8") as file:
             file.write(json.dumps(manifest, indent=2) + "\n")
@@ -238,4 +273,5 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
         with suppress(OSError):
             new.unlink(missing_ok=True)
         raise
+    _remove_empty(files.rejects)
     journal.remove()

@@ -37,7 +37,9 @@ _AHEAD = 4
 RETRIEVED_TOGETHER = 64
 """Utterances embedded in one call of the sentence encoder, at least."""
 _BEGUN = 256
-"""Dialogues handed on at most without a pack: blank ones never fill any."""
+"""Items that wait at most for a pack, or a group of texts, to fill: bad and blank ones never do."""
+_HELD = 4 << 20
+"""Bytes of their lines, at most (but for a single one)."""
 
 
 def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
@@ -164,6 +166,20 @@ class _Entry(Generic[T]):
     rows: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Held:
+    """Items that wait, and the bytes of their lines."""
+
+    items: int = 0
+    size: int = 0
+
+    def full_with(self, dialogue: Dialogue | None) -> bool:
+        """Count one more item; whether no more should wait."""
+        self.items += 1
+        self.size += dialogue.size if dialogue is not None else 0
+        return self.items >= _BEGUN or self.size >= _HELD
+
+
 @dataclass(frozen=True, slots=True)
 class _Step(Generic[T]):
     """A pack, whose owners' numbers are those of its reads, and the entries that begin since the
@@ -230,6 +246,8 @@ class Engine:
         """Packs in order, but those that hold replayed items alone, or the first `done` trees."""
         packer = Packer(self.pack_tokens, len(self.renderer.head))
         begun: list[_Entry[T]] = []
+        held = _Held()
+        """The items since the first of the open pack, or, where none is, since the last step."""
         open_: dict[int, _Entry[T]] = {}
 
         def step(packed: Pack | None) -> _Step[T]:
@@ -264,19 +282,20 @@ class Engine:
                             begun = []
                         if full is not None or first is None:
                             first = entry.group, trees
+                            held = _Held()
                     trees += 1
             (at, origin), before = first or (entry.group, trees)
             entry.restart = Restart(origin, number - at + 1, before)
-            if len(begun) >= _BEGUN:
-                yield _Step(begun)
-                begun = []
+            if held.full_with(entry.dialogue):
+                yield step(packer.rest())
+                begun, first, held = [], None, _Held()
         yield step(packer.rest())
 
     def _questions(
         self, items: Iterable[tuple[T, Dialogue | None]]
     ) -> Iterator[tuple[_Entry[T], list[Question]]]:
         group: list[tuple[_Entry[T], list[int]]] = []
-        size = 0
+        size, held = 0, _Held()
         head: tuple[int, T] | None = None
         for number, (origin, dialogue) in enumerate(items):
             asked = (
@@ -287,9 +306,10 @@ class Engine:
             head = head or (number, origin)
             group.append((_Entry(origin, dialogue, head), asked))
             size += len(asked)
-            if self.retriever is None or size >= RETRIEVED_TOGETHER:
+            full = held.full_with(dialogue) or size >= RETRIEVED_TOGETHER
+            if self.retriever is None or full:
                 yield from self._asked(group)
-                group, size, head = [], 0, None
+                group, size, head, held = [], 0, None, _Held()
         yield from self._asked(group)
 
     def _asked(

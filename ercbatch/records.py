@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,13 +19,15 @@ import orjson
 import zstandard
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
-from ercbatch.errors import InputError, RecordError, UsageError
+from ercbatch.errors import InputError, LimitError, RecordError, UsageError
 
 STDIN = "-"
 MANIFEST, REJECTS = ".manifest.json", ".rejects.jsonl"
 """What a run writes beside its output is named after it, with these endings."""
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
 _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
+_SKIPPABLE = b"\x2a\x4d\x18"
+"""After 0x50 to 0x5f: a Zstandard frame that holds no content, as pzstd begins with."""
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
 """How UTF-16 JSON begins: with its byte order mark, or with the brace of the first line."""
 _RAW = 200
@@ -100,11 +102,11 @@ class Counts:
     blank: int = 0
 
 
-def expand_inputs(names: Sequence[str]) -> list[str]:
+def expand_inputs(names: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
     """Files, folders (their JSONL files, sorted), glob patterns and `-`, as file names.
 
-    What a labelling run left in a folder (an output with its manifest beside it, rejects) is not
-    input again.
+    What a labelling run left in a folder, or where a pattern looks (an output with its manifest
+    beside it, rejects, and what is the run's `own`), is not input again.
 
     Raises:
         UsageError: `-` more than once.
@@ -115,23 +117,28 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in names:
         try:
-            files += _expand(name)
-        except OSError as error:
-            raise InputError(f"{name}: {error.strerror}: check the name and its rights") from error
+            files += _expand(name, own)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise InputError(f"{name}: {reason}: check the name and its rights") from error
     return files
 
 
-def _expand(name: str) -> list[str]:
+def _expand(name: str, own: Sequence[Path]) -> list[str]:
+    if not name:
+        raise InputError("an input has an empty name: is a variable of yours not set?")
+
+    def is_input(path: Path) -> bool:
+        return (
+            not path.name.endswith(REJECTS)
+            and not path.with_name(path.name + MANIFEST).exists()
+            and path.is_file()
+            and not any(left.exists() and left.samefile(path) for left in own)
+        )
+
     path = Path(name)
     if path.is_dir():
-        inside = sorted(
-            str(p)
-            for p in path.iterdir()
-            if p.name.endswith(_ENDINGS)
-            and not p.name.endswith(REJECTS)
-            and not p.with_name(p.name + MANIFEST).exists()
-            and p.is_file()
-        )
+        inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS) and is_input(p))
         if not inside:
             raise InputError(
                 f"{name}: no JSONL file to label in this folder: name the files, or rename them to "
@@ -140,7 +147,7 @@ def _expand(name: str) -> list[str]:
         return inside
     if name == STDIN or path.exists():  # pipes and devices too
         return [name]
-    matched = sorted(p for p in glob.glob(name) if Path(p).is_file())
+    matched = sorted(p for p in glob.glob(name) if is_input(Path(p)))
     if not matched:
         raise InputError(f"{name}: no such file: check the name")
     return matched
@@ -157,15 +164,38 @@ def open_input(name: str) -> BinaryIO:
         # A stand-in for stdin may be no buffered reader; only that one can look ahead.
         plain = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast(Any, raw))
         magic = plain.peek(4)[:4]
+        if 0 < len(magic) < 4:  # a pipe brings what its writer has written by now
+            magic = plain.read(4)
+            plain = io.BufferedReader(_Rejoined(magic, plain))
     except OSError as error:
         raise InputError(
             f"{name}: cannot be read ({error.strerror}): check the name and its rights"
         ) from error
     if magic.startswith(_GZIP):
         return cast(BinaryIO, _GzipReader(plain))
-    if magic.startswith(_ZSTD):
+    if magic.startswith(_ZSTD) or (magic[1:] == _SKIPPABLE and magic[0] >> 4 == 5):
         return io.BufferedReader(_ZstdReader(plain), 1 << 16)
     return plain
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes have been taken from it."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._head[: len(buffer)] or cast(io.BufferedReader, self._rest).read1(len(buffer))
+        self._head = self._head[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._rest.close()
+        super().close()
 
 
 class _GzipReader(gzip.GzipFile):
@@ -250,7 +280,8 @@ def read_records(
                 size = len(line)
                 long = size > limits.line_bytes
                 if long:
-                    size += 0 if line.endswith(b"\n") else _skip_line(stream)
+                    most = limits.file_bytes - byte if compressed else None
+                    size += 0 if line.endswith(b"\n") else _skip_line(stream, most)
                     line = line[: 4 * _RAW]
             except _BROKEN as error:
                 raise _broken(shown, number, error) from error
@@ -260,7 +291,7 @@ def read_records(
             at = Line(shown, number, byte, byte + size)
             byte += size
             if compressed and byte > limits.file_bytes:
-                raise InputError(
+                raise LimitError(
                     f"{shown}, line {number}: it decompresses to over {limits.file_bytes:,} bytes: "
                     "if it is no bomb, give a higher --max-file-bytes"
                 )
@@ -304,7 +335,7 @@ def dump_record(record: object) -> bytes:
 
 def _parse(line: bytes, limits: Limits) -> Dialogue:
     try:
-        value = orjson.loads(line)
+        value = orjson.loads(line.rstrip(b"\r\n"))
     except orjson.JSONDecodeError as error:
         try:
             line.decode("utf-8")
@@ -317,7 +348,7 @@ def _parse(line: bytes, limits: Limits) -> Dialogue:
         raise RecordError("too_deep", f"values nested over {_DEEPEST} levels")
     if _LONG_NUMBER.search(line):
         json.loads(line, parse_int=_check_integer)
-    dialogue = parse_dialogue(value)
+    dialogue = replace(parse_dialogue(value), size=len(line))
     if len(dialogue.utterances) > limits.turns:
         raise RecordError("too_many_turns", f"the dialogue has over {limits.turns:,} turns")
     for turn, utterance in enumerate(dialogue.utterances, start=1):
@@ -346,6 +377,8 @@ _BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 def _broken(shown: str, number: int, error: Exception) -> InputError:
+    if "requires too much memory" in str(error):  # Zstandard's words
+        return InputError(f"{shown}: its window is over 128 MiB: compress it again without --long")
     return InputError(
         f"{shown}, after line {number}: the file is broken there ({error}): fetch or compress it "
         "again"
@@ -364,12 +397,12 @@ def _pass_over(stream: BinaryIO, count: int) -> None:
         count -= len(piece)
 
 
-def _skip_line(stream: BinaryIO) -> int:
-    """Read on to the end of the line; the bytes read."""
+def _skip_line(stream: BinaryIO, most: int | None) -> int:
+    """Read on to the end of the line, or until so many bytes; the bytes read."""
     skipped = 0
     while piece := stream.readline(1 << 20):
         skipped += len(piece)
-        if piece.endswith(b"\n"):
+        if piece.endswith(b"\n") or (most is not None and skipped > most):
             break
     return skipped
 

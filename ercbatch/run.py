@@ -17,10 +17,10 @@ import orjson
 from ercbatch.bundle import MANIFEST as BUNDLE_MANIFEST
 from ercbatch.checked import integer, mapping, number
 from ercbatch.dialogues import Dialogue
-from ercbatch.errors import ErcbatchError, InputError, StoppedError, UsageError
+from ercbatch.errors import ErcbatchError, InputError, LimitError, StoppedError, UsageError
 from ercbatch.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.labeler import Labeler
-from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete
+from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of
 from ercbatch.progress import Progress
 from ercbatch.records import (
     DEFAULT_LIMITS,
@@ -31,7 +31,7 @@ from ercbatch.records import (
     Reject,
     read_records,
 )
-from ercbatch.transcript import printable
+from ercbatch.streams import printable
 
 _TIMED = 200
 """Utterances that a dry run labels to estimate the speed, about."""
@@ -107,7 +107,7 @@ def run_label(
 
     Raises:
         UsageError: the output is in the way, or is an input; a run cannot be gone on with.
-        InputError: an input cannot be read on, or has more bad lines than `max_errors`.
+        InputError: an input cannot be read on, or is beyond a limit (LimitError).
         OutputError: the output is no longer what the run wrote.
         StoppedError: the output cannot be written on.
     """
@@ -117,15 +117,22 @@ def run_label(
             "one of the two"
         )
     if options.output is None:
+        if options.rejects is not None:
+            _check_rejects(options.rejects, options)
         stream = StreamOutput(options.rejects)
         try:
             return _label(labeler(), options, stream, Tally(), shield)
         finally:
             stream.close()
     files = Files.of(options.output, options.rejects)
-    _check_inputs(files, options)
+    _check_files(files, options)
     with Journal(files.journal) as journal:
-        _check_output(files, options, stopped=not journal.new)
+        if journal.foreign and not options.force:
+            raise UsageError(
+                f"{files.journal} is no journal, or its beginning was altered: move it (and "
+                f"{files.part}), or begin anew with --force"
+            )
+        _check_output(files, options, stopped=journal.identity is not None)
         try:
             return _label_to_files(labeler(), options, files, journal, shield)
         except OSError as error:
@@ -139,12 +146,19 @@ def _label_to_files(
 ) -> RunSummary:
     inputs = _Inputs(options.inputs)
     identity = _identity(labeler, options, files, inputs)
-    if journal.identity is not None and options.resume:
+    stopped = journal.identity is not None
+    if options.resume and (stopped or files.output.exists()):
+        if not all("sha256" in entry for entry in inputs.told):
+            raise UsageError(
+                "--resume: stdin and pipes cannot be read again: begin anew with --force, or label "
+                "a file"
+            )
+        if not stopped:
+            return _was_complete(files, identity)
+        assert journal.identity is not None
         _check_same(journal.identity, identity, files)
         if journal.manifest is not None:  # it was done, but for its last steps
             return _completed(files, journal, journal.manifest)
-    elif options.resume and files.output.exists():
-        return _was_complete(files, identity)
     else:
         journal.begin(identity)
     output = FileOutput(files, journal, options.commit_seconds)
@@ -176,6 +190,7 @@ def _label(
     """Label what follows after `start`."""
     counts = Counts(lines=start.restart.lines, blank=start.restart.blank)
     tally = start
+    _check_errors(tally.rejected, options.max_errors)
     with _Measure(options) as measure:
         stream = _items(options, counts, start.restart)
         for origin, labeled, restart in labeler.label_items(stream, start.replayed, start.trees):
@@ -251,10 +266,15 @@ class _Inputs:
         for name in names:
             entry: dict[str, str | int] = {"file": _shown(name)}
             if can_resume([name]):
-                with open(name, "rb") as file:
-                    seen = os.fstat(file.fileno())
-                    entry["bytes"] = seen.st_size
-                    entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                try:
+                    with open(name, "rb") as file:
+                        seen = os.fstat(file.fileno())
+                        entry["bytes"] = seen.st_size
+                        entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise InputError(
+                        f"{_shown(name)}: cannot be read ({error.strerror}): check its rights"
+                    ) from error
                 self._seen.append((name, seen))
             self.told.append(entry)
 
@@ -281,6 +301,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What the bytes of an output depend on: a run that goes on has the same."""
     bundle = labeler.bundle
+    limits = asdict(options.limits)
+    del limits["file_bytes"]  # a file over it ends the run, which may go on with a higher one
     return {
         "journal": FORMAT,
         **labeler.releases(),
@@ -289,17 +311,12 @@ def _identity(
             "name": bundle.info.name,
             "sha256": hashlib.sha256((bundle.folder / BUNDLE_MANIFEST).read_bytes()).hexdigest(),
         },
-        "options": {**labeler.options(), **asdict(options.limits)},
+        "options": {**labeler.options(), **limits},
         "rejects": _shown(str(files.rejects)),
     }
 
 
 def _check_same(was: dict[str, Any], now: dict[str, Any], files: Files) -> None:
-    if not all("sha256" in entry for entry in now["inputs"]):
-        raise UsageError(
-            "--resume: stdin and pipes cannot be read again: begin anew with --force, or label a "
-            "file"
-        )
     found = differences(was, now)
     if found:
         raise UsageError(
@@ -325,9 +342,8 @@ def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
             "--force"
         ) from error
     found = differences({key: manifest.get(key) for key in identity}, identity)
-    with files.output.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found += differences({"output": manifest.get("output")}, {"output": _output(files, digest)})
+    output = _output(files, str(digest_of(files.output)))
+    found += differences({"output": manifest.get("output")}, {"output": output})
     if found:
         raise UsageError(
             f"{exists}, and is of another run ({'; '.join(found)}): choose another --output, or "
@@ -347,19 +363,48 @@ def _summary(manifest: Mapping[str, Any], files: Files) -> RunSummary:
         ) from error
 
 
-def _check_inputs(files: Files, options: RunOptions) -> None:
-    """See that nothing that is read will be written.
+def _check_files(files: Files, options: RunOptions) -> None:
+    """See that what will be written can be, and is nothing that is read.
 
     Raises:
-        UsageError: something would.
+        UsageError: it cannot be, or is.
     """
-    written = (files.output, files.part, files.journal, files.manifest, files.rejects)
+    folder = files.output.parent
+    longest = files.unfinished_manifest.name
+    if not files.output.name or not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: choose another --output")
+    if len(os.fsencode(longest)) > os.pathconf(folder, "PC_NAME_MAX"):
+        raise UsageError(f"{files.output.name}: the name is too long: choose a shorter --output")
+    beside = files.part, files.journal, files.manifest, files.unfinished_manifest
+    written = (files.output, *beside)
     for path in written:
-        for name in options.inputs:
-            if name != STDIN and path.exists() and path.samefile(name):
-                raise UsageError(f"{path} is also an input: choose another --output")
-    if files.rejects in written[:-1]:
+        if path.exists() and any(n != STDIN and path.samefile(n) for n in options.inputs):
+            raise UsageError(f"{path} is also an input: choose another --output")
+        if path.is_dir() or (path == files.output and os.path.lexists(path) and not path.is_file()):
+            raise UsageError(f"{path} is no file: choose another --output, or none for stdout")
+    _check_rejects(files.rejects, options, always=True)
+    named = [path.parent.resolve() / path.name for path in written]
+    if files.rejects.parent.resolve() / files.rejects.name in named:
         raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
+
+
+def _check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
+    """See that rejects can be written there, and that it is nothing that is read; unless `always`,
+    nor anything that is there without --force.
+
+    Raises:
+        UsageError: they cannot be, or it is.
+    """
+    if not path.name or not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder: choose another --rejects")
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise UsageError(f"{path} is no file: choose another --rejects")
+    if any(name != STDIN and path.samefile(name) for name in options.inputs):
+        raise UsageError(f"{path} is also an input: choose another --rejects")
+    if not (always or options.force):
+        raise UsageError(f"{path} exists: choose another --rejects, or give --force")
 
 
 def _check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
@@ -368,8 +413,6 @@ def _check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
     Raises:
         UsageError: something would be.
     """
-    if files.output.exists() and not files.output.is_file():
-        raise UsageError(f"{files.output} is no file: choose another --output, or none for stdout")
     if options.force or (stopped and options.resume):
         return
     if stopped:
@@ -377,16 +420,18 @@ def _check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
         if can_resume(options.inputs):
             others = f"--resume goes on with it, {others}"
         raise UsageError(f"{files.part} is of a run that was stopped: {others}")
-    if files.output.exists() and not options.resume:
+    if files.output.exists():
+        if options.resume:
+            return  # it is looked at, and nothing is written
         raise UsageError(f"{files.output} exists: choose another --output, or give --force")
-    for path in (files.part, options.rejects):
-        if path is not None and path.exists() and not files.output.exists():
+    for path in (files.part, files.manifest, files.rejects):
+        if path.exists():
             raise UsageError(f"{path} exists: move it, or give --force")
 
 
 def _check_errors(rejected: int, most: int | None) -> None:
     if most is not None and rejected > most:
-        raise InputError(
+        raise LimitError(
             f"more than {most} bad lines: mend the input, or raise --max-errors "
             "(the rejects say what is wrong with each)"
         )
@@ -411,7 +456,7 @@ def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
         raise UsageError("--dry-run reads the input twice, and stdin can be read only once")
     if options.output is not None:
         files = Files.of(options.output, options.rejects)
-        _check_inputs(files, options)
+        _check_files(files, options)
         _check_output(files, options, stopped=files.journal.exists())
     loaded = labeler()
     counts = Counts()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ercbatch.bundle import BundleInfo
-from ercbatch.transcript import printable
+from ercbatch.streams import printable
 
 FIGURES: Mapping[str, tuple[str, str]] = {
     "utterances": ("utterances with a gold label", "{:,}"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 import zlib
 
 from rich.console import Console
 from rich.text import Text
 
 from ercbatch.dialogues import LabeledDialogue
+from ercbatch.streams import printable
 
 _COLOURS = {
     "neutral": "white",
@@ -36,15 +36,6 @@ _COLOURS = {
 _OTHERS = ("magenta", "cyan", "yellow", "green", "blue", "red")
 
 
-def printable(text: str) -> str:
-    """Text without characters that could steer a terminal."""
-    return "".join(
-        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
-        for c in text
-        if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn")
-    )
-
-
 def colour(label: str) -> str:
     """The colour of a label; the same for the same name, everywhere."""
     fallback = _OTHERS[zlib.crc32(label.encode()) % len(_OTHERS)]
@@ -58,7 +49,7 @@ def print_dialogue(console: Console, labeled: LabeledDialogue) -> None:
         console.print(Text(printable(str(name)), style="bold underline"))
     for utterance, label in zip(labeled.dialogue.utterances, labeled.labels, strict=True):
         line = Text()
-        emotion = label.emotion or "–"
+        emotion = printable(label.emotion or "–")
         sure = "    " if label.confidence is None else f"{label.confidence:4.0%}"
         line.append(f"{emotion:>11} ", style=colour(emotion) if label.emotion else "dim")
         line.append(f"{sure}  ", style="dim")

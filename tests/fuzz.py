@@ -167,8 +167,8 @@ def altered(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-_IDENTITY = {"journal": 1, "inputs": [{"file": "in.jsonl", "bytes": 9, "sha256": "ab"}]}
-_COMMIT = Commit(BEGINNING, BEGINNING, 0, 0, 70, 0, "ab", 1, 0, 5, 0.5)
+_IDENTITY = {"journal": 2, "inputs": [{"file": "in.jsonl", "bytes": 9, "sha256": "ab"}]}
+_COMMIT = Commit(BEGINNING, BEGINNING, 0, 0, 70, 0, "ab", "cd", 1, 0, 5, 0.5)
 
 
 def journal(seconds: float, draw: random.Random) -> int:

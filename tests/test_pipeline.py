@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from conftest import CHAT
 
 from ercbatch import Labeler
+from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.pipeline import in_order
 from ercbatch.records import read_dialogues
 
@@ -52,6 +54,54 @@ def test_no_more_is_taken_than_threads_can_use() -> None:
     results.close()
     assert len(taken) <= 5
     assert not [t for t in threading.enumerate() if t.name.startswith("ercbatch-score")]
+
+
+@pytest.mark.parametrize("demonstrations", [0, 1])
+def test_what_fills_no_pack_does_not_wait_for_the_end(
+    bundle_folder: Path, demonstrations: int
+) -> None:
+    labeler = Labeler(str(bundle_folder), demonstrations=demonstrations)
+    taken: list[int] = []
+
+    def items(rest: Dialogue | None) -> Iterator[tuple[int, Dialogue | None]]:
+        yield 0, Dialogue((Utterance("it is gone"),))
+        for number in range(1, 100_000):
+            taken.append(number)
+            yield number, rest
+
+    for rest, most in ((None, 5000), (Dialogue((Utterance(""),), size=3 << 20), 40)):
+        taken.clear()
+        results = labeler.label_items(items(rest))
+        assert next(results)[0] == 0
+        results.close()
+        assert len(taken) < most
+
+
+@pytest.mark.parametrize("demonstrations", [0, 1])
+def test_a_run_goes_on_from_any_item_with_the_same_numbers(
+    bundle_folder: Path, demonstrations: int
+) -> None:
+    labeler = Labeler(str(bundle_folder), demonstrations=demonstrations, scores=True)
+    draw = random.Random(1)
+
+    def item(number: int) -> Dialogue | None:
+        if number % 1000 > 300 and draw.random() < 0.99:  # more than wait for one pack
+            return None
+        turns = draw.choice((1, 2, 9, 30))
+        words = "it is gone thank you where".split()
+        return Dialogue(
+            tuple(
+                Utterance(" ".join(draw.choices(words, k=draw.randrange(9)))) for _ in range(turns)
+            )
+        )
+
+    given = [(number, item(number)) for number in range(2000)]
+    whole = list(labeler.label_items(given))
+    assert [origin for origin, _, _ in whole] == list(range(2000))
+    for done in (0, 1, *range(50, 2000, 119), 1999):
+        restart = whole[done][2]
+        rest = labeler.label_items(given[restart.origin :], restart.items, restart.trees)
+        assert [(o, d) for o, d, _ in rest] == [(o, d) for o, d, _ in whole[done + 1 :]]
 
 
 def test_the_number_of_threads_changes_no_number() -> None:

@@ -1,0 +1,48 @@
+"""The three standard streams as a run needs them: open, and in nobody's way."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import unicodedata
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """Text without characters that could steer a terminal."""
+    return "".join(
+        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
+        for c in text
+        if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn")
+    )
+
+
+def steady_streams() -> None:
+    """See that no file takes the number of a stream that is closed, that a reader of stderr who
+    leaves stops no run, and that a character which stdout cannot show is no error."""
+    for number, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Reading stdin and writing stdout fail then, as they should; words are lost.
+            os.open(os.devnull, mode)  # takes the lowest number that is free
+            stream = os.fdopen(number, "r" if number == 0 else "w", closefd=False)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        patient = io.BufferedWriter(_Patient(2, "wb", closefd=False))
+        encoding = sys.stderr.encoding
+        sys.stderr = io.TextIOWrapper(patient, encoding, "backslashreplace", line_buffering=True)
+
+
+class _Patient(io.FileIO):
+    """Whoever read it may leave."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
