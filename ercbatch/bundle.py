@@ -20,7 +20,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ercbatch.checked import LARGEST, integer, mapping, number, string, strings
+from ercbatch.checked import (
+    LARGEST,
+    integer,
+    mapping,
+    number,
+    printable_string,
+    string,
+    strings,
+)
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 from ercbatch.folders import whole_folder
 from ercbatch.labels import LabelSet
@@ -156,6 +164,7 @@ class BundleInfo:
         value = {"architecture": {}, "calibration": {}, "accepted_loss": [], **before, **value}
         texts = ("name", "version", "template", "form", "quantization", "base", "licence", "format")
         values: dict[str, Any] = {name: string(value[name]) for name in texts}
+        printable_string(values["name"])
         for name, low, high in _NUMBERS:
             values[name] = integer(value[name], low, high)
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
@@ -264,8 +273,9 @@ def encoder_files(source: str) -> tuple[Path, Path]:
     """
     folder = Path(source)
     if (folder / ENCODER).exists() and not (folder / MANIFEST).exists():
-        if not (folder / ENCODER_TOKENIZER).exists():
-            raise BundleError(f"{folder}: has no {ENCODER_TOKENIZER}: run `export encoder` again")
+        for name in (ENCODER, ENCODER_TOKENIZER):
+            if not (folder / name).is_file():
+                raise BundleError(f"{folder}: has no file {name}: run `export encoder` again")
         return folder / ENCODER, folder / ENCODER_TOKENIZER
     bundle = open_bundle(find_bundle(source))
     return bundle.path(ENCODER), bundle.path(ENCODER_TOKENIZER)
@@ -290,7 +300,8 @@ def read_info(folder: Path) -> BundleInfo:
     """
     path = folder / MANIFEST
     try:
-        if path.exists() and not (path.is_file() and path.stat().st_size <= _LARGEST_MANIFEST):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_MANIFEST:
             raise BundleError(f"{path}: is no ordinary small file: do not use this bundle")
         value = json.loads(path.read_bytes())
         major, minor = (int(part) for part in value["format"].split("."))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 2**31 - 1
+_LONGEST_NAME = 200
 
 
 def string(value: object) -> str:
@@ -18,6 +19,18 @@ def string(value: object) -> str:
         raise TypeError(f"{value!r:.40} is no string")
     value.encode()  # half of a surrogate pair can't be
     return value
+
+
+def printable_string(value: object) -> str:
+    """A string that stands in messages and on terminals.
+
+    Raises:
+        TypeError, ValueError: it is none, is long, or has control characters.
+    """
+    text = string(value)
+    if not text.isprintable() or len(text) > _LONGEST_NAME:
+        raise ValueError(f"{text!a:.80} is no name")
+    return text
 
 
 def strings(value: object) -> tuple[str, ...]:

@@ -64,15 +64,21 @@ def errors() -> Iterator[None]:
         yield
     except ErcbatchError as error:
         raise Failure(error) from error
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _leave_stdout()
         sys.exit(CLOSED_PIPE)
     except OSError as error:  # of a file in no output's care: a working one, or stdout
         mend = "see to it, and try again"
+        if error.errno == errno.EBADF:  # stdout is closed
+            _leave_stdout()
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             mend = "make room, there or by TMPDIR elsewhere, and try again"
         raise Failure(OutputError(f"{error}: {mend}")) from error
+
+
+def _leave_stdout() -> None:
+    """What stdout did not take is lost; Python would complain once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Stopper:
@@ -340,7 +346,9 @@ def label(
             raise UsageError("--commit-every is no number of seconds")
         if output == Path("-"):
             output = None
-        own = Files.of(output, rejects).left() if output and output.name else ()
+        if output is not None and not output.name:
+            raise UsageError("--output is empty: is a variable of yours not set?")
+        own = Files.of(output, rejects).left() if output else ()
         stop.patience = _PATIENCE if output is None else None
         options = RunOptions(
             inputs=tuple(expand_inputs(inputs, own)),

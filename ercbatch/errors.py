@@ -90,6 +90,9 @@ def foreign_errors(kind: type[ErcbatchError], what: str, mend: str) -> Iterator[
         yield
     except ErcbatchError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception, so that nobody should go on after it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise kind(f"{what} ({reason:.300}): {mend}") from error

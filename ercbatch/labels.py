@@ -10,7 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ercbatch.checked import printable_string
 from ercbatch.errors import UsageError
+
+_MOST_LABELS, _MOST_ALIASES = 1000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,8 @@ class LabelSet:
     """A named, ordered set of labels, and other spellings (`aliases`) of them.
 
     Raises:
-        UsageError: fewer than two labels, a blank one, two that differ in case only, or an alias
-            of a label that is not in the set.
+        UsageError: fewer than two labels or too many, a blank one, two that differ in case only,
+            or an alias of a label that is not in the set.
     """
 
     name: str
@@ -32,8 +35,14 @@ class LabelSet:
             raise UsageError(
                 f"label set {self.name!r}: needs two or more labels, none blank, all different"
             )
+        if len(self.labels) > _MOST_LABELS or len(self.aliases) > _MOST_ALIASES:
+            raise UsageError(
+                f"label set {self.name!r}: over {_MOST_LABELS:,} labels, or {_MOST_ALIASES:,} "
+                "aliases"
+            )
+        known = frozenset(self.labels)
         for alias, label in self.aliases.items():
-            if label not in self.labels:
+            if label not in known:
                 raise UsageError(
                     f"label set {self.name!r}: alias {alias!r} stands for {label!r}, "
                     "which is not one of its labels"
@@ -67,12 +76,12 @@ class LabelSet:
         """
         try:
             labels, aliases = value["labels"], value.get("aliases", {})
-            if not isinstance(labels, list) or not all(
-                isinstance(text, str) for text in (*labels, *aliases, *aliases.values())
-            ):
+            if not isinstance(labels, list) or not isinstance(aliases, Mapping):
                 raise TypeError("labels is a list of strings, aliases maps strings to strings")
-            return cls(str(value["name"]), tuple(labels), dict(aliases))
-        except (KeyError, TypeError, AttributeError) as error:
+            for text in (value["name"], *labels, *aliases, *aliases.values()):
+                printable_string(text)
+            return cls(value["name"], tuple(labels), dict(aliases))
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"not a label set (an object with name, labels, aliases): {error}"
             ) from error

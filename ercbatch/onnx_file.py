@@ -23,6 +23,31 @@ from ercbatch.errors import BundleError
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 """Operator domains that ONNX Runtime has built in and bundles use; the first two are the same."""
 
+OPERATORS = {
+    "": frozenset(
+        """
+        Abs Add And ArgMax ArgMin Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum
+        DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten
+        Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish
+        Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul
+        MatMulInteger Max Mean Min Mod Mul Neg Not OneHot Or Pad Pow QuantizeLinear RMSNormalization
+        Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+        ReduceSumSquare Relu Reshape Round ScatterElements ScatterND Shape Sigmoid Sign
+        SimplifiedLayerNormalization Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum
+        Swish Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
+        """.split()
+    ),
+    "com.microsoft": frozenset(
+        """
+        BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention
+        MatMulIntegerToFloat MatMulNBits QuickGelu RotaryEmbedding SkipLayerNormalization
+        SkipSimplifiedLayerNormalization
+        """.split()
+    ),
+}
+"""What a language model's graph is made of, by domain. None of them repeats a subgraph (an endless
+`Loop` heeds no signal), and what no graph needs is native code that no graph reaches."""
+
 _MEND = "get the bundle again, or export it again"
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -116,6 +141,8 @@ class OnnxRequests:
 
     domains: frozenset[str]
     """Of imported operator sets, nodes and functions."""
+    operators: frozenset[tuple[str, str]]
+    """(domain, name) of all nodes."""
     external: frozenset[ExternalData]
     """Of all tensors that have external data, whether or not they say that it is to be used."""
 
@@ -128,8 +155,8 @@ def check_onnx(path: Path, listed: Collection[str] = ()) -> None:
         listed: names of the files in its folder that may hold its external data.
 
     Raises:
-        BundleError: an operator domain outside `DOMAINS`, external data outside `listed` or beyond
-            the end of its file, or what `read_onnx` refuses.
+        BundleError: an operator outside `DOMAINS` or `OPERATORS`, external data outside `listed` or
+            beyond the end of its file, or what `read_onnx` refuses.
     """
     requests = read_onnx(path)
     foreign = requests.domains - DOMAINS
@@ -138,6 +165,12 @@ def check_onnx(path: Path, listed: Collection[str] = ()) -> None:
             f"{path}: needs operators of the domain {min(foreign)!a}, and a bundle has only those "
             "of ONNX and com.microsoft: do not use this bundle, or export it again without them"
         )
+    for domain, name in sorted(requests.operators):
+        if name not in OPERATORS["" if domain == "ai.onnx" else domain]:
+            raise BundleError(
+                f"{path}: has the operator {name!a}, which no bundle needs: do not use this "
+                "bundle, or export it again without it"
+            )
     allowed = frozenset(listed)
     sizes: dict[str, int] = {}
     for data in requests.external:
@@ -180,7 +213,9 @@ def read_onnx(path: Path) -> OnnxRequests:
         raise BundleError(f"{path}: cannot be read: {error.strerror}: {_MEND}") from error
     except _NotOnnxError as error:
         raise BundleError(f"{path}: not a sound ONNX file ({error}): {_MEND}") from error
-    return OnnxRequests(frozenset(reader.domains), frozenset(reader.external))
+    return OnnxRequests(
+        frozenset(reader.domains), frozenset(reader.operators), frozenset(reader.external)
+    )
 
 
 class _NotOnnxError(Exception):
@@ -193,6 +228,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self.domains: set[str] = set()
+        self.operators: set[tuple[str, str]] = set()
         self.external: set[ExternalData] = set()
 
     def message(self, kind: str, at: int, end: int, depth: int) -> dict[str, str]:
@@ -234,6 +270,8 @@ class _Reader:
             at = stop
         if missing and not _OPTIONAL.get(strings.get("op_type", ""), set()).issuperset(missing):
             raise _NotOnnxError(f"a node without one of its inputs before byte {end:,}")
+        if kind == "NodeProto":
+            self.operators.add((strings.get("domain", ""), strings.get("op_type", "")))
         if "domain" in strings:
             self.domains.add(strings["domain"])
         if external:

@@ -83,7 +83,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # Errors are raised; their words would go past us to stderr, as a stranger chose them.
+    options.log_severity_level = 4
     # Every pack has another length: memory planned for one shape would not fit the next.
     options.enable_mem_pattern = False
     # Waiting threads sleep, so that reading and tokenizing have the processor meanwhile.

@@ -61,7 +61,10 @@ class Files:
 
     def left(self) -> tuple[Path, ...]:
         """What a run that was stopped has left here: no input, though it be in an input folder."""
-        return (self.output, self.rejects) if self.journal.exists() else ()
+        with suppress(OSError):  # a name that is too long, say
+            if self.journal.exists():
+                return self.output, self.rejects
+        return ()
 
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(self.output.name + ending)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from ercbatch.bank import DemonstrationBank
 from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
+from ercbatch.errors import BundleError, foreign_errors
 from ercbatch.labels import LabelSet
 from ercbatch.packs import Pack, Packer
 from ercbatch.scoring import Scorer, calibrated
@@ -32,6 +33,7 @@ R = TypeVar("R")
 Answer = tuple[int, int, npt.NDArray[np.float64]]
 """(owner, utterance, probabilities [labels])."""
 
+_MEND = "export the bundle again"
 _AHEAD = 4
 """Packs rendered ahead of those that are scored or wait for it."""
 RETRIEVED_TOGETHER = 64
@@ -236,7 +238,8 @@ class Engine:
         """The entries and owners of a step, and its answers."""
         if step.pack is None:
             return step.begun, step.owners, []
-        found = self.scorer.answers(step.pack, self.renderer.trie)
+        with foreign_errors(BundleError, "the model is not what it should be", _MEND):
+            found = self.scorer.answers(step.pack, self.renderer.trie)
         answers = [(owner, t, calibrated(logs, self.temperature)) for owner, t, logs in found]
         return step.begun, step.owners, answers
 
@@ -324,6 +327,7 @@ class Engine:
                 for t in asked
             ]
             if texts:
-                shown = iter(self.retriever.demonstrations(texts, self.demonstrations))
+                with foreign_errors(BundleError, "the encoder is not what it should be", _MEND):
+                    shown = iter(self.retriever.demonstrations(texts, self.demonstrations))
         for entry, asked in group:
             yield entry, [Question(Task.EMOTION, t, next(shown, ())) for t in asked]

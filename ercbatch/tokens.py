@@ -7,6 +7,7 @@ neither merge with the template's tokens nor turn into one of the tokenizer's sp
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from ercbatch.checked import LARGEST
-from ercbatch.errors import BundleError
+from ercbatch.errors import BundleError, foreign_errors
 
 # A token that covers more characters than this in ordinary text is rare; the bound only keeps a
 # megabyte of text from being tokenized in order to use its first hundred tokens.
@@ -26,6 +27,8 @@ _LARGEST_FILE = 128 << 20
 """Bytes of a `tokenizer.json`; 34 MB is the largest known (Gemma 3's, of 262,144 tokens)."""
 _LONGEST_STRING = 4096
 """Characters of a token or a pattern: the library compiles longer ones too, but for minutes."""
+_MOST_GROWTH = 64
+"""Characters that its normalizers may put in the place of one."""
 _CHARACTER_MAP = "precompiled_charsmap"
 """SentencePiece's normalization table, the one string that is long: hundreds of thousands."""
 
@@ -79,23 +82,53 @@ def control_tokens(tokenizer: Tokenizer, special: Mapping[str, str]) -> ControlT
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`, once its size and the length of its strings have been looked at.
+    """Read a `tokenizer.json`.
 
     Raises:
-        BundleError: it is too large, a string in it is too long, or it is no tokenizer.
+        BundleError: it is no tokenizer, or one that `check_tokenizer` refuses.
     """
-    if path.stat().st_size > _LARGEST_FILE:
-        raise BundleError(f"{path}: over {_LARGEST_FILE:,} bytes: do not use this bundle")
-    data = path.read_bytes()
-    try:
-        if _longest_string(orjson.loads(data)) > _LONGEST_STRING:
-            raise BundleError(
-                f"{path}: a string in it is over {_LONGEST_STRING:,} characters long: do not use "
-                "this bundle"
-            )
+    data = check_tokenizer(path)
+    with foreign_errors(BundleError, f"{path}: not a tokenizer", "get it again"):
         return Tokenizer.from_buffer(data)
-    except ValueError as error:
-        raise BundleError(f"{path}: not a tokenizer ({error}): get the bundle again") from error
+
+
+def check_tokenizer(path: Path) -> bytes:
+    """The content of a `tokenizer.json` whose size and strings the library can take.
+
+    Raises:
+        BundleError: it is too large, a string in it is too long, or texts would grow too much.
+        FileNotFoundError: there is none.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
+        raise BundleError(f"{path}: no file, or over {_LARGEST_FILE:,} bytes: do not use it")
+    data = path.read_bytes()
+    with foreign_errors(BundleError, f"{path}: not a tokenizer", "get it again"):
+        value = orjson.loads(data)
+        longest = _longest_string(value)
+        growth = _growth((value.get("normalizer"), value.get("pre_tokenizer")))
+    if longest > _LONGEST_STRING:
+        raise BundleError(
+            f"{path}: a string in it is over {_LONGEST_STRING:,} characters long: do not use it"
+        )
+    if growth > _MOST_GROWTH:
+        raise BundleError(f"{path}: it makes {growth:,} characters of one: do not use it")
+    return data
+
+
+def _growth(value: object) -> int:
+    """How many characters the replacements in a value make of one, if each applies to all of what
+    the ones before it made."""
+    growth, waiting = 1, [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            content = inner.get("content") if inner.get("type") == "Replace" else None
+            growth *= max(1, len(content)) if isinstance(content, str) else 1
+            waiting += inner.values()
+        elif isinstance(inner, list | tuple):
+            waiting += inner
+    return growth
 
 
 def _longest_string(value: object) -> int:
@@ -142,7 +175,7 @@ class SegmentTokenizer:
         """Load a `tokenizer.json`.
 
         Raises:
-            BundleError: see `load_tokenizer`.
+            BundleError: see `load_tokenizer` and `check_tokenizer`.
         """
         return cls(load_tokenizer(path), controls, str(path))
 
@@ -151,7 +184,8 @@ class SegmentTokenizer:
         path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with foreign_errors(BundleError, f"{self._source}: fails on a text", "get it again"):
+            ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         if ids and max(ids) > LARGEST:
             raise BundleError(
                 f"{self._source}: a token has the id {max(ids)}, which no model has: get it again"

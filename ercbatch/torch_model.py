@@ -6,6 +6,7 @@ Training, evaluation in training, export and the torch scorer all run a model th
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ercbatch.answers import AnswerHead
-from ercbatch.errors import UsageError
+from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.masks import Masks
 from ercbatch.packs import Pack, join
-from ercbatch.tokens import SegmentTokenizer, control_tokens
+from ercbatch.tokens import SegmentTokenizer, check_tokenizer, control_tokens
 from ercbatch.tree import Segment, lay_out
 
 
@@ -31,30 +32,76 @@ def check_config(source: str) -> Mapping[str, Any]:
         UsageError: it does, or there is none.
     """
     from transformers import PretrainedConfig
+    from transformers.utils import find_adapter_config_file
 
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
     try:
+        adapter = find_adapter_config_file(source)
         config, _ = PretrainedConfig.get_config_dict(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{source}: no model there: {error}") from error
+    if adapter is not None:
+        # transformers would go on with whatever model that names, and look at no other file here.
+        raise UsageError(f"{source}: has an adapter_config.json: merge the adapter into its base")
     refuse_code(f"{source}: config.json", config)
     checked: Mapping[str, Any] = config
     return checked
 
 
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_MOST_LAYERS = 10_000
+def check_model_folder(folder: Path) -> None:
+    """See that nothing in a stranger's model folder leads out of it.
+
+    Raises:
+        UsageError: a link, a shard or a tokenizer's file does, or its tokenizer is one that
+            `check_tokenizer` refuses.
+    """
+    home = folder.resolve()
+    # A hub's cache keeps the files of all snapshots in one place, with links to them.
+    home = next((p for p in home.parents if p.name.startswith("models--")), home)
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UsageError(f"{path}: a link that leads out of its folder: refused")
+        if not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path}: no file: refused")
+    for path in folder.glob("*.index.json"):
+        shards = _json_object(path).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if Path(str(shard)).name != shard:
+                raise UsageError(f"{path}: a shard is {shard!a}, no file of its folder: refused")
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        for key, value in _json_object(settings).items():
+            named = key.endswith("_file") and key != "special_tokens_map_file"  # which is not read
+            if named and isinstance(value, str) and Path(value).name != value:
+                raise UsageError(f"{settings}: {key} is {value!a}, no file of its folder: refused")
+    if (folder / "tokenizer.json").exists():
+        check_tokenizer(folder / "tokenizer.json")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    with foreign_errors(UsageError, f"{path}: not what it should be", "get it again"):
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise TypeError("it is no object")
+        return value
+
+
+_BOUNDS = (("layer", 1000), ("expert", 10_000), ("num_labels", 100_000))
+"""What a key contains -> its largest number: to make more of them takes for ever."""
 
 
 def refuse_code(place: str, config: Mapping[str, Any]) -> None:
     """See that a model's configuration, which stands in `place`, asks for no code, nor for more
-    layers than any model has: to make them takes for ever.
+    layers and the like than any model has.
 
     Raises:
         UsageError: it does.
     """
     for key, value in config.items():
-        if key in _LAYERS and isinstance(value, int) and value > _MOST_LAYERS:
-            raise UsageError(f"{place} asks for {value} layers: refused")
+        for part, most in _BOUNDS:
+            if part in key and isinstance(value, int) and value > most:
+                raise UsageError(f"{place} asks for {key} = {value}: refused")
         # `auto_map` names code to import, `attn_implementation` a kernel to fetch and run
         # (CVE-2026-4372), in the configuration of a part too. Neither has a place in a file of
         # data; a flag names nothing.
@@ -81,7 +128,7 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
 
     config = check_config(source)
     kind = config.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
             f"{source}: {f'a {kind} model' if kind else 'config.json without model_type'}, not a "
             "causal language model: take one such as Llama, Qwen, Mistral, Gemma, Phi or BLOOM"
@@ -95,7 +142,8 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         settings.setdefault("dtype", torch.float32)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    try:
+    what = f"{source}: cannot be loaded as a causal language model"
+    with foreign_errors(UsageError, what, "check the name, or get it again"):
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
@@ -104,10 +152,6 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
             **settings,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{source}: cannot be loaded as a causal language model: {error}"
-        ) from error
     if found["missing_keys"]:  # transformers would make them up
         lacking = ", ".join(sorted(found["missing_keys"])[:3])
         raise UsageError(f"{source}: its weights lack {lacking}: get it again")

@@ -14,6 +14,7 @@ from transformers import AutoModel
 from ercbatch import bundle
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.folders import check_output, whole_folder
+from ercbatch.tokens import load_tokenizer
 from ercbatch.torch_model import check_config
 from export.graph import Graph
 from export.quantize import quantize_lookups, quantize_products
@@ -80,7 +81,7 @@ def export_encoder(
 def _traced(source: Path, quantize: bool) -> tuple[Graph, Tokenizer]:
     inner = transformer_folder(source)
     check_config(str(inner))
-    tokenizer = Tokenizer.from_file(str(inner / "tokenizer.json"))
+    tokenizer = load_tokenizer(inner / "tokenizer.json")
     model, found = AutoModel.from_pretrained(
         inner,
         attn_implementation="eager",

@@ -36,12 +36,12 @@ def graph_of(*nodes: onnx.NodeProto, **parts: Any) -> onnx.GraphProto:
 
 
 def model_of(graph: onnx.GraphProto, *imports: str, **parts: Any) -> onnx.ModelProto:
-    opsets = [helper.make_opsetid(domain, 17 if not domain else 1) for domain in ("", *imports)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8, **parts)
+    opsets = [helper.make_opsetid(domain, 20 if not domain else 1) for domain in ("", *imports)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9, **parts)
 
 
 def node(domain: str | None = None, **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node("Relu", ["x"], ["y"], domain=domain, **attributes)
+    return helper.make_node("Gelu", ["x"], ["y"], domain=domain, **attributes)
 
 
 def choice(branch: onnx.GraphProto) -> onnx.NodeProto:
@@ -68,9 +68,9 @@ def everything() -> onnx.ModelProto:
     """A model with something in every place that is looked at."""
     nodes = [
         choice(graph_of(choice(graph_of(node("com.microsoft"), constant(external(offset="16")))))),
-        helper.make_node("Many", [], ["m"], graphs=[graph_of(node("ai.onnx"))]),
-        helper.make_node("Some", [], ["n"], tensors=[external(length="4")]),
-        helper.make_node("Sparse", [], ["o"], sparse_value=sparse(external(offset="1"))),
+        helper.make_node("Where", [], ["m"], graphs=[graph_of(node("ai.onnx"))]),
+        helper.make_node("Concat", [], ["n"], tensors=[external(length="4")]),
+        helper.make_node("Tile", [], ["o"], sparse_value=sparse(external(offset="1"))),
     ]
     nodes[-1].attribute.append(helper.make_attribute("more", [sparse(external(offset="2"))]))
     graph = graph_of(
@@ -106,8 +106,10 @@ def messages(message: Message) -> Iterator[Message]:
 
 def requests_of(model: onnx.ModelProto) -> OnnxRequests:
     """The same as `read_onnx`, from what the `onnx` package has read."""
-    domains, found = set(), set()
+    domains, operators, found = set(), set(), set()
     for message in messages(model):
+        if isinstance(message, onnx.NodeProto):
+            operators.add((words(message.domain), words(message.op_type)))
         if isinstance(message, onnx.NodeProto | onnx.OperatorSetIdProto | onnx.FunctionProto):
             if message.HasField("domain"):
                 domains.add(words(message.domain))
@@ -120,4 +122,4 @@ def requests_of(model: onnx.ModelProto) -> OnnxRequests:
                 None if length is None else int(length),
             )
             found.add(data)
-    return OnnxRequests(frozenset(domains), frozenset(found))
+    return OnnxRequests(frozenset(domains), frozenset(operators), frozenset(found))

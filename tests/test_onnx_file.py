@@ -92,6 +92,25 @@ def test_a_node_without_an_input_that_it_needs_is_refused(path: Path, missing: i
             check_onnx(path)
 
 
+@pytest.mark.parametrize(
+    ("domain", "name"),
+    [("", "Loop"), ("ai.onnx", "Scan"), ("com.microsoft", "BeamSearch"), ("com.microsoft", "Add")],
+)
+def test_an_operator_that_no_bundle_needs_is_refused(path: Path, domain: str, name: str) -> None:
+    """An endless loop would heed no signal."""
+    repeated = onnx.helper.make_node(name, ["x"], ["y"], domain=domain)
+    onnx.save(model_of(graph_of(choice(graph_of(repeated)))), path)
+    with pytest.raises(BundleError, match=f"has the operator '{name}', which no bundle needs"):
+        check_onnx(path)
+    # A function of that name, in the file, may be the operator to ONNX Runtime all the same.
+    named = onnx.helper.make_function(
+        "", name, ["x"], ["y"], [node()], [onnx.helper.make_opsetid("", 17)]
+    )
+    onnx.save(model_of(graph_of(repeated), functions=[named]), path)
+    with pytest.raises(BundleError, match="which no bundle needs"):
+        check_onnx(path)
+
+
 def test_only_the_exact_domains_are_known(path: Path) -> None:
     for domain in ("com.microsoft.nchwc", "ai.onnx.ml", "COM.MICROSOFT", "ai.onnx\0", "\x1b[2J"):
         onnx.save(model_of(graph_of(node(domain))), path)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers.utils import logging
 
@@ -159,7 +159,34 @@ def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> Non
             )
 
 
+_WRITTEN = {
+    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha"),
+    *("lora_dropout", "peft_version", "r", "target_modules", "task_type", "auto_mapping"),
+}
+"""What `add_lora` sets of an adapter's configuration, and peft on its own."""
+
+
+def _check_adapter(path: Path) -> None:
+    """See that an adapter's configuration says no more than ours do: others of peft's settings
+    name code to import, or patterns that are matched for ever.
+
+    Raises:
+        UsageError: it does.
+    """
+    with foreign_errors(UsageError, f"{path}: not the configuration of an adapter", "train again"):
+        config = json.loads(path.read_bytes())
+        plain = LoraConfig().to_dict()
+        targets = config["target_modules"]
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise TypeError("target_modules is no list of names")
+        plain |= {key: None for key in config if key not in plain}  # of another release of peft
+        odd = [k for k, v in config.items() if k not in _WRITTEN and v and v != plain[k]]
+        if odd:
+            raise ValueError(f"it sets {', '.join(odd)}")
+
+
 def _adapted(model: Any, adapter: Path) -> PeftModel:
+    _check_adapter(adapter / CONFIG_NAME)
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
         # peft would take a pickle in its place.
         raise UsageError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}: train again")
