@@ -243,7 +243,7 @@ def main() -> None:
 @click.option(
     "--max-line-bytes",
     type=click.IntRange(1, _MOST),
-    default=64 << 20,
+    default=16 << 20,
     show_default=True,
     metavar="N",
     help="A longer line is a bad one.",

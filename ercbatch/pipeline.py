@@ -239,7 +239,7 @@ class Engine:
         if step.pack is None:
             return step.begun, step.owners, []
         with foreign_errors(BundleError, "the model is not what it should be", _MEND):
-            found = self.scorer.answers(step.pack, self.renderer.trie)
+            found = list(self.scorer.answers(step.pack, self.renderer.trie))
         answers = [(owner, t, calibrated(logs, self.temperature)) for owner, t, logs in found]
         return step.begun, step.owners, answers
 

@@ -41,7 +41,7 @@ _DEEPEST = 250
 class Limits:
     """How much is taken from an input: beyond, a line is a reject, and a file is given up."""
 
-    line_bytes: int = 64 << 20
+    line_bytes: int = 16 << 20
     turns: int = 100_000
     characters: int = 1_000_000
     """Of an utterance's text."""

@@ -26,7 +26,7 @@ from test_graph import pack
 
 from ercbatch import bundle as files
 from ercbatch.bundle import find_bundle, open_bundle, read_info, write_bundle
-from ercbatch.errors import BundleError
+from ercbatch.errors import BundleError, UsageError
 from ercbatch.onnx_scorer import check_full_range
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
 from export.__main__ import main
@@ -278,6 +278,27 @@ def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: P
     assert (trained / "run.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "somebody.code"},
+        {"target_modules": "(([a-z_0-9.]*)*)*!"},
+        {"peft_type": "XLORA"},
+        {"layer_replication": [[0, 10**9]]},
+        {"unheard_of": "x"},
+    ],
+)
+def test_an_adapter_that_says_more_than_ours_is_refused(
+    trained: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match="not the configuration of an adapter"):
+        load_run(run)
+
+
 def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path) -> None:
     def tried(words: str, change: Callable[[Path, dict[str, Any]], object]) -> None:
         run = tmp_path / "run"
@@ -303,7 +324,7 @@ def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path)
 
     tried("not what the run was validated on", other_valid)
     tried("has no adapter_model.safetensors: train again", pickled)
-    tried("a file of its model is not what it should be", no_settings)
+    tried("not the configuration of an adapter", no_settings)
     for recipe in (None, [], "x"):
         tried("not the description of a finished run", lambda _, d, r=recipe: d.update(recipe=r))
     for controls in ({}, {"start": 3}, None):

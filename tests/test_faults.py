@@ -62,6 +62,6 @@ def test_whatever_call_fails_the_run_can_go_on(
     whole = Run(inputs, tmp_path / "whole", calm.options)
     code, said, count = outcome(whole, 0)
     assert code == 3, said
-    assert count >= 2
+    assert count >= 1
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fails_and_goes_on, range(1, count + 1)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import EXAMPLES, cli, describe, sign
 from safetensors.numpy import load_file, save_file
@@ -30,8 +31,8 @@ def copy(bundle_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def put(*path: str, value: Any) -> Callable[[Json], None]:
-    def change(whole: Json) -> None:
+def put(*path: str | int, value: Any) -> Callable[[Json], None]:
+    def change(whole: Any) -> None:
         for key in path[:-1]:
             whole = whole[key]
         whole[path[-1]] = value
@@ -51,7 +52,11 @@ def put(*path: str, value: Any) -> Callable[[Json], None]:
         (("window", "other"), 1),
         *((("controls", "start"), v) for v in (["x"], [2**70], [[1]], [10**6], 3)),
         *((("template",), v) for v in (["x"], "nosuch")),
-        *((("name",), v) for v in (3, "\ud800", None)),
+        *((("name",), v) for v in (3, "\ud800", None, "a\x1b[2J", "a" * 300)),
+        *((("label_sets", 0, "name"), v) for v in ("\ud800", "a\nb", 3, None)),
+        *((("label_sets", 0, "labels", 0), v) for v in ("\x1b]0;x", "\ud800", "")),
+        (("label_sets", 0, "labels"), [f"label{n}" for n in range(1001)]),
+        (("label_sets", 0, "aliases"), {f"alias{n}": "joy" for n in range(60_000)}),
         *((("quality",), v) for v in ([], None, {"meld": 3}, {"meld": {"f1": "high"}})),
         *((("calibration",), v) for v in ([], {"meld": {}}, {"meld": []})),
         (("data",), "abc"),
@@ -62,7 +67,7 @@ def put(*path: str, value: Any) -> Callable[[Json], None]:
         *((("files",), {name: {"size": 1, "sha256": ""}}) for name in ("a\0b", "a\udcff", "", ".")),
     ],
 )
-def test_an_odd_description_is_refused(copy: Path, path: tuple[str, ...], value: Any) -> None:
+def test_an_odd_description_is_refused(copy: Path, path: tuple[str | int, ...], value: Any) -> None:
     describe(copy, put(*path, value=value))
     with pytest.raises(BundleError, match=str(copy)):
         labels_a_word(open_bundle(copy))
@@ -98,9 +103,11 @@ def test_a_description_that_is_no_small_file_is_refused(copy: Path) -> None:
     with pytest.raises(BundleError, match="no ordinary small file"):
         read_info(copy)
     manifest.unlink()
-    manifest.symlink_to("/dev/zero")
-    with pytest.raises(BundleError, match="no ordinary small file"):
-        read_info(copy)
+    for elsewhere in ("/dev/zero", find_bundle("mini") / files.MANIFEST):
+        manifest.symlink_to(elsewhere)
+        with pytest.raises(BundleError, match="no ordinary small file"):
+            read_info(copy)
+        manifest.unlink()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,49 @@ def test_a_tokenizer_that_takes_minutes_to_compile_is_refused(copy: Path, place:
     sign(copy)
     with pytest.raises(BundleError, match="a string in it is over 4,096 characters long"):
         labels_a_word(open_bundle(copy))
+
+
+def test_a_tokenizer_that_makes_a_million_characters_of_one_is_refused(copy: Path) -> None:
+    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    more = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [more] * 3}
+    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    sign(copy)
+    with pytest.raises(BundleError, match="it makes 1,000,000 characters of one"):
+        labels_a_word(open_bundle(copy))
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(copy: Path) -> None:
+    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    tokenizer["model"] = {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]}
+    tokenizer["model"]["continuing_subword_prefix"] = "longer than b"
+    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    sign(copy)
+    with pytest.raises(BundleError, match=r"not a tokenizer \(PanicException"):
+        labels_a_word(open_bundle(copy))
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [("Cast", {"to": onnx.TensorProto.STRING}), ("ReduceSum", {"keepdims": 0})],
+)
+def test_a_graph_with_an_odd_output_ends_in_a_sentence(
+    copy: Path, operator: str, attributes: dict[str, int]
+) -> None:
+    model = onnx.load(copy / files.MODEL)
+    (output,) = model.graph.output
+    node = onnx.helper.make_node(operator, [output.name], ["odd"], **attributes)
+    model.graph.node.append(node)
+    kind = attributes.get("to", onnx.TensorProto.FLOAT)
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("odd", kind, None))
+    onnx.save(model, copy / files.MODEL)
+    sign(copy)
+    for command in (("label", CHAT, "--bundle", copy), ("bundle", "verify", copy)):
+        done = cli(*command)
+        assert done.returncode == 4, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
 
 
 def test_a_tokenizer_of_hundreds_of_megabytes_is_not_read(copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,83 @@ def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -
         (tmp_path / "config.json").write_text(json.dumps({**value, **asking}))
         with pytest.raises(UsageError, match="asks to run code"):
             load_causal_lm(str(tmp_path))
+
+
+def away(folder: Path, change: str) -> None:
+    """Let a model folder lead to what is beside it."""
+    private = folder.parent / "private"
+    private.mkdir()
+    (private / "secret").write_text("hunter2\n")
+    if change == "adapter":
+        shutil.copytree(folder, private / "base")
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(private / "base"), "r": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    elif change == "link":
+        (folder / "chat_template.jinja").symlink_to(private / "secret")
+    elif change == "pipe":
+        os.mkfifo(folder / "chat_template.jinja")
+    elif change == "shard":
+        (folder / "model.safetensors").rename(private / "model.safetensors")
+        index = {"weight_map": {"x": "../private/model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        path = folder / "tokenizer_config.json"
+        value = {**json.loads(path.read_text()), "vocab_file": str(private / "secret")}
+        path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("change", ["adapter", "link", "pipe", "shard", "tokenizer"])
+def test_a_base_that_leads_out_of_its_folder_is_refused(
+    bert: Path, tmp_path: Path, change: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    away(base, change)
+    with pytest.raises(UsageError, match=r"refused|merge the adapter into its base"):
+        load_causal_lm(str(base))
+
+
+def test_links_within_a_hubs_cache_are_followed(bert: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--someone--small" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "1"
+    shutil.copytree(bert, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    load_causal_lm(str(snapshot))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 5000}, "asks for num_hidden_layers = 5000"),
+        ({"num_labels": 10**9}, "asks for num_labels"),
+        ({"num_local_experts": 10**7}, "asks for num_local_experts"),
+        ({"model_type": ["bert"]}, "not a causal language model"),
+        ({"hidden_size": None}, "cannot be loaded"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"hidden_act": "no such"}, "cannot be loaded"),
+        ({"quantization_config": ["x"]}, "cannot be loaded"),
+    ],
+)
+def test_an_odd_configuration_ends_in_a_sentence(
+    bert: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    value = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**value, **change}))
+    with pytest.raises(UsageError, match=words):
+        load_causal_lm(str(base))
+
+
+def test_nothing_imports_kernels(tmp_path: Path) -> None:
+    """With it transformers and bitsandbytes, which peft imports, fetch code from the hub."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('it is imported')\n")
+    for name in ("train.run", "train.fit", "export.bundle"):
+        done = python("-c", f"import {name}", PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
 
 
 def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Path) -> None:
