@@ -28,13 +28,16 @@ from ercbatch.streams import printable, steady_streams
 
 FINISHED_WITH_REJECTS = 3
 STOPPED = 75
-_PATIENCE = 2.0
-"""Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 CLOSED_PIPE = 141
 
+_PATIENCE = 2.0
+"""Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 _MOST = 1 << 62
 """Of bytes and the like: numbers that every library takes."""
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Failure(click.ClickException):
@@ -44,9 +47,6 @@ class Failure(click.ClickException):
         # Names of files, labels and nodes are a stranger's; our own messages have lines.
         super().__init__("\n".join(map(printable, str(error).split("\n"))))
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Stopped(BaseException):
@@ -116,6 +116,7 @@ class _Stopper:
         finally:
             self._shielded = False
         if self._noted is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             noted, self._noted = self._noted, None
             raise _Stopped(noted)
 

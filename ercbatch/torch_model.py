@@ -124,7 +124,6 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from transformers.utils import logging
 
     config = check_config(source)
     kind = config.get("model_type")
@@ -140,8 +139,7 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         )
     if "quantization_config" not in settings:
         settings.setdefault("dtype", torch.float32)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    draw_no_bars()
     what = f"{source}: cannot be loaded as a causal language model"
     with foreign_errors(UsageError, what, "check the name, or get it again"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -160,6 +158,14 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
         raise UsageError(f"{source}: has no fast tokenizer (tokenizer.json): convert it first")
     controls = control_tokens(backend, tokenizer.special_tokens_map)
     return model, SegmentTokenizer(backend, controls)
+
+
+def draw_no_bars() -> None:
+    """Let transformers draw its progress on terminals alone."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

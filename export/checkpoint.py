@@ -26,7 +26,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.packs import join
 from ercbatch.tokens import control_tokens
-from ercbatch.torch_model import PackedModel, refuse_code, save_tokenizer
+from ercbatch.torch_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Question, Task
 from export.graph import TRANSPOSED
@@ -62,6 +62,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
             "its base"
         )
     labeler = Labeler(bundle)
+    draw_no_bars()
     try:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False

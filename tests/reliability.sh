@@ -3,8 +3,8 @@
 #
 #   bash tests/reliability.sh DIALOGUES [BUNDLE]
 #
-# DIALOGUES is a JSONL file in which persuasion is measured; BUNDLE is what mutants are made of and
-# what the long run labels with (by default the bundle in the package; a tiny one is quicker).
+# In DIALOGUES, a JSONL file, persuasion and neighbours are measured; BUNDLE is what mutants are made
+# of and what the long run labels with (the one in the package; a tiny one is quicker).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dialogues=$(realpath "$1") bundle=${2:-mini}
@@ -15,6 +15,8 @@ python -m tests.mutants 10000 --bundle "$bundle"
 python -m tests.fuzz utterances 100000
 for kind in records journal manifest; do python -m tests.fuzz "$kind" 1800; done
 work=$(mktemp -d)
-python -m benchmarks.soak "$work" --dialogues 1000000 --bundle "$bundle" --kills 5
+python -m benchmarks.soak "$work" --dialogues 1000000 --bundle "$bundle" --kills 20
 rm -r "$work"
 python -m benchmarks.persuasion "$dialogues"
+python -m benchmarks.neighbours "$dialogues" --demos 0
+python -m benchmarks.neighbours "$dialogues" --demos 2
