@@ -315,7 +315,7 @@ class Appended:
             same = os.path.samestat(os.fstat(self._file), os.stat(self.path))
         except FileNotFoundError:
             same = False
-        if not same:
+        if self.length and not same:
             raise OutputError(f"{self.path}: somebody has moved or removed it: begin again")
 
     def close(self) -> None:

@@ -161,7 +161,12 @@ def _label_to_files(
             return _completed(files, journal, journal.manifest)
     else:
         journal.begin(identity)
-    output = FileOutput(files, journal, options.commit_seconds)
+    try:
+        output = FileOutput(files, journal, options.commit_seconds)
+    except UsageError:
+        if not stopped:  # nothing has begun
+            journal.remove()
+        raise
     start = Tally() if journal.commit is None else Tally.at(journal.commit)
     try:
         summary = _label(labeler, options, output, start, shield)

@@ -101,6 +101,7 @@ def test_two_runs_do_not_share_their_rejects(
     process.communicate()
     assert done.returncode == 2
     assert "another run is writing there" in done.stderr
+    assert not list(source.parent.glob("second*"))
     counts = json.loads(source.with_name("first.manifest.json").read_bytes())["counts"]
     assert len(shared.read_bytes().splitlines()) == counts["rejected"] > 2
 
