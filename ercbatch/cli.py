@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from click.core import ParameterSource
@@ -91,13 +92,14 @@ class _Stopper:
         self._shielded = False
         self._noted: int | None = None
         self.patience: float | None = None
+        self.raised: _Stopped | None = None
 
     def __call__(self, number: int, frame: object) -> None:
         for each in _STOPPING:
             if signal.getsignal(each) is self:
                 signal.signal(each, signal.SIG_DFL)
         if not self._shielded:
-            raise _Stopped(number)
+            self._raise(number)
         self._noted = number
         if self.patience is not None:
             signal.signal(signal.SIGALRM, self._impatient)
@@ -105,7 +107,11 @@ class _Stopper:
 
     def _impatient(self, number: int, frame: object) -> None:
         assert self._noted is not None
-        raise _Stopped(self._noted)
+        self._raise(self._noted)
+
+    def _raise(self, number: int) -> NoReturn:
+        self.raised = _Stopped(number)
+        raise self.raised
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -118,7 +124,7 @@ class _Stopper:
         if self._noted is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             noted, self._noted = self._noted, None
-            raise _Stopped(noted)
+            self._raise(noted)
 
 
 @contextmanager
@@ -132,9 +138,12 @@ def stoppable() -> Iterator[_Stopper]:
     }
     try:
         yield stop
-    except _Stopped as stopped:
-        click.echo(f"ercbatch: {stopped}", err=True)
-        sys.exit(128 + stopped.number)
+    except BaseException as error:
+        # A library that is being imported may make another error of it.
+        if stop.raised is None or isinstance(error, SystemExit):
+            raise
+        click.echo(f"ercbatch: {stop.raised}", err=True)
+        sys.exit(128 + stop.raised.number)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
