@@ -11,6 +11,7 @@ output.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +25,12 @@ from ercbatch.cli import errors
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
+from ercbatch.onnx_scorer import LONGEST_PACK
 from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
 
 Rows = dict[int, npt.NDArray[np.float64]]
 """Utterance -> its probabilities [labels]."""
-PACK_TOKENS = (1, 2048)
-"""From and to what is drawn; a tree that has more is a pack of its own."""
 THREADS = (1, 2, 3)
 
 
@@ -84,6 +84,13 @@ class Company:
     "--dialogues", type=click.IntRange(2), default=200, show_default=True, help="At most."
 )
 @click.option("--trials", type=click.IntRange(1), default=200, show_default=True)
+@click.option(
+    "--pack-tokens",
+    type=click.IntRange(2),
+    default=LONGEST_PACK,
+    show_default=True,
+    help="Drawn up to this; a tree that has more is a pack of its own.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
     source: Path,
@@ -92,6 +99,7 @@ def main(
     demos: int,
     dialogues: int,
     trials: int,
+    pack_tokens: int,
     seed: int,
 ) -> None:
     """Label the dialogues of SOURCE (JSONL) in company that is drawn."""
@@ -108,7 +116,7 @@ def main(
         for _ in range(trials):
             order = draw.sample(range(len(given)), draw.randint(2, min(30, len(given))))
             # Small packs as often as large ones.
-            tokens = int(2 ** draw.uniform(*np.log2(PACK_TOKENS)))
+            tokens = int(2 ** draw.uniform(0, math.log2(pack_tokens)))
             company.compare(found, order, tokens, draw.randrange(len(THREADS)))
     result = {
         "bundle": bundle,
@@ -116,6 +124,7 @@ def main(
         "demonstrations": demos,
         "dialogues": len(given),
         "trials": trials,
+        "pack_tokens": pack_tokens,
         "utterances_compared": found.compared,
         "other_labels": found.other_labels,
         "not_to_the_last_bit": found.not_to_the_last_bit,

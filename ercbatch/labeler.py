@@ -16,7 +16,7 @@ from ercbatch.bundle import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.onnx_scorer import available_threads
+from ercbatch.onnx_scorer import LONGEST_PACK, available_threads
 from ercbatch.pipeline import Engine, Restart, Retriever
 from ercbatch.prompts import template
 from ercbatch.scorers import AUTO, choose_runtime, open_scorer
@@ -94,6 +94,7 @@ class Labeler:
             self.labels.labels,
         )
         scorer = open_scorer(bundle, threads)
+        onnx = self.runtime == "onnx"
         if not set(renderer.trie.tokens) <= set(scorer.head.tokens.tolist()):
             raise BundleError(
                 f"{bundle.folder}: {files.HEAD} has no rows for the labels of {self.labels.name}: "
@@ -103,7 +104,7 @@ class Labeler:
             scorer=scorer,
             renderer=renderer,
             temperature=info.temperatures.get(self.labels.name, 1.0),
-            pack_tokens=info.pack_tokens,
+            pack_tokens=min(info.pack_tokens, LONGEST_PACK) if onnx else info.pack_tokens,
             retriever=open_retriever(bundle, threads).restricted(self.labels) if count else None,
             demonstrations=count,
         )

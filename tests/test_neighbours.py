@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, python
+from conftest import CHAT, describe, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.neighbours import PACK_TOKENS, THREADS, Company, Found
+from benchmarks.neighbours import THREADS, Company, Found
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.labeler import Labeler
+from ercbatch.onnx_scorer import LONGEST_PACK
 
 WORDS = "it is gone thank you where my door late again happy fridge no !".split()
 COUNT = 24
@@ -48,7 +50,7 @@ def company(
 @given(
     order=st.permutations(range(COUNT)),
     count=st.integers(1, COUNT),
-    tokens=st.integers(*PACK_TOKENS),
+    tokens=st.integers(1, LONGEST_PACK),
     labeler=st.integers(0, len(THREADS) - 1),
 )
 def test_probabilities_are_those_of_the_dialogue_alone(
@@ -58,6 +60,13 @@ def test_probabilities_are_those_of_the_dialogue_alone(
     company.compare(found, order[:count], tokens, labeler)
     assert found.other_labels == 0
     assert found.largest_difference < 1e-6
+
+
+def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) -> None:
+    """In longer ones a sum runs in another order, which moves int8 activations by whole steps."""
+    folder = shutil.copytree(bundle_folder, tmp_path / "long")
+    describe(folder, lambda value: value.update(pack_tokens=4096))
+    assert Labeler(str(folder)).engine.pack_tokens == LONGEST_PACK
 
 
 def test_what_differs_is_counted() -> None:
