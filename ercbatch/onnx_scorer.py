@@ -113,7 +113,7 @@ def check_full_range(path: Path) -> None:
 
 LONGEST_PACK = 512
 """Tokens of packs that dialogues share. In longer ones ONNX Runtime adds up over keys in an order
-that depends on where they stand, and int8 probabilities moved by up to 0.002 with the neighbours."""
+that depends on where they stand, and int8 probabilities moved by up to 0.002 with neighbours."""
 _LARGE = 2 << 30
 """Bytes of weights from which a pack takes so long that all threads should work on one."""
 
