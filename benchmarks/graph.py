@@ -22,7 +22,6 @@ import onnxruntime
 
 from ercbatch import bundle as files
 from ercbatch.bundle import find_bundle
-from ercbatch.cli import errors
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
@@ -31,6 +30,7 @@ from ercbatch.onnx_scorer import feed, session_options, tiles_of
 from ercbatch.packs import Pack, pack
 from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
+from ercbatch.stopping import errors
 from ercbatch.tree import Question, Task
 
 PRODUCTS = frozenset(

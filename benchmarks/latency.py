@@ -26,11 +26,11 @@ import click
 import numpy as np
 
 from benchmarks.sentences import converse, invent
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.records import dump_record, read_dialogues
+from ercbatch.stopping import errors
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "group_chat.jsonl"

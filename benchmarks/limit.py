@@ -28,12 +28,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.graph import graph_file, measure, packs
 from benchmarks.packed import prompts
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import session_options
 from ercbatch.packs import Pack
 from ercbatch.records import read_dialogues
+from ercbatch.stopping import errors
 from export.graph import MICROSOFT
 from export.int4 import BLOCK
 

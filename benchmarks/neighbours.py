@@ -21,13 +21,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.cli import errors
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import LONGEST_PACK
 from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
+from ercbatch.stopping import errors
 
 Rows = dict[int, npt.NDArray[np.float64]]
 """Utterance -> its probabilities [labels]."""

@@ -19,8 +19,8 @@ import click
 
 from benchmarks import sections
 from benchmarks.sections import Figures, Section, table
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
+from ercbatch.stopping import errors
 
 _MACHINE = "machine"
 _NOT_PAID = Path(__file__).with_name("not_paid.md")

@@ -56,12 +56,12 @@ from ercbatch.bank import (
     text_key,
 )
 from ercbatch.bundle import encoder_files
-from ercbatch.cli import errors
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.stopping import errors
 
 _TIMED = 3
 """Results, where speed is told."""

@@ -26,11 +26,11 @@ import click
 
 from benchmarks.options import numbers
 from benchmarks.sentences import converse, invent
-from ercbatch.cli import errors
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import available_threads
+from ercbatch.stopping import errors
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _COUNTS = (100, 1_000, 10_000)

@@ -27,8 +27,8 @@ import click
 import orjson
 
 from benchmarks.sentences import invent
-from ercbatch.cli import STOPPED
 from ercbatch.output import JOURNAL
+from ercbatch.stopping import STOPPED
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SENTENCES = 5_000

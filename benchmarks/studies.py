@@ -21,8 +21,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
+from ercbatch.stopping import errors
 from train.fit import FitOptions, fit_recipe
 from train.recipe import Recipe, Source, distinct_names, read_recipe
 from train.run import DESCRIPTION, digest

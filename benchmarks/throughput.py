@@ -39,9 +39,9 @@ from benchmarks.plan import Plan, Round, plan
 from ercbatch import bundle as files
 from ercbatch.bank import TEXTS
 from ercbatch.bundle import find_bundle
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
 from ercbatch.records import read_dialogues
+from ercbatch.stopping import errors
 
 _CHAT = Path(__file__).resolve().parent.parent / "examples" / "labelled_chat.jsonl"
 """What exports are measured on, as they must be."""

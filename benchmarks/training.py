@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
 from ercbatch.packs import Pack
+from ercbatch.stopping import errors
 from ercbatch.torch_model import Batch, collate
 from ercbatch.tree import Task, visible
 from train.datasets import read_dataset

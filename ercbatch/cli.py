@@ -2,201 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import click
 from click.core import ParameterSource
 
 from ercbatch.errors import (
-    ErcbatchError,
-    InputError,
-    LimitError,
     MissingExtraError,
-    OutputError,
     UsageError,
 )
+from ercbatch.stopping import errors, resumable, stoppable
 from ercbatch.streams import printable, steady_streams
 
 FINISHED_WITH_REJECTS = 3
-STOPPED = 75
-CLOSED_PIPE = 141
-
 _PATIENCE = 2.0
 """Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 _MOST = 1 << 62
 """Of bytes and the like: numbers that every library takes."""
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-class Failure(click.ClickException):
-    """An error of ours, as click shows it."""
-
-    def __init__(self, error: ErcbatchError) -> None:
-        # Names of files, labels and nodes are a stranger's; our own messages have lines.
-        super().__init__("\n".join(map(printable, str(error).split("\n"))))
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
-
-
-class _Stopped(BaseException):
-    """A signal of this number asked the run to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """Errors as one line and an exit code."""
-    try:
-        yield
-    except ErcbatchError as error:
-        raise Failure(error) from error
-    except BrokenPipeError:  # whoever read our output has gone
-        _leave_stdout()
-        sys.exit(CLOSED_PIPE)
-    except OSError as error:  # of a file in no output's care: a working one, or stdout
-        mend = "see to it, and try again"
-        if error.errno == errno.EBADF:  # stdout is closed
-            _leave_stdout()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "make room, there or by TMPDIR elsewhere, and try again"
-        raise Failure(OutputError(f"{error}: {mend}")) from error
-
-
-def _leave_stdout() -> None:
-    """What stdout did not take is lost; Python would complain once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Stopper:
-    """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded.
-
-    Where `patience` is set, what is shielded has so many seconds: it may wait for a reader.
-    """
-
-    def __init__(self) -> None:
-        self._shielded = False
-        self._noted: int | None = None
-        self.patience: float | None = None
-        self.raised: _Stopped | None = None
-
-    def __call__(self, number: int, frame: object) -> None:
-        for each in _STOPPING:
-            if signal.getsignal(each) is self:
-                signal.signal(each, signal.SIG_DFL)
-        if not self._shielded:
-            self._raise(number)
-        self._noted = number
-        if self.patience is not None:
-            signal.signal(signal.SIGALRM, self._impatient)
-            signal.setitimer(signal.ITIMER_REAL, self.patience)
-
-    def _impatient(self, number: int, frame: object) -> None:
-        assert self._noted is not None
-        self._raise(self._noted)
-
-    def _raise(self, number: int) -> NoReturn:
-        self.raised = _Stopped(number)
-        raise self.raised
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Within it no signal is raised; shields don't nest."""
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self._noted is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            noted, self._noted = self._noted, None
-            self._raise(noted)
-
-
-@contextmanager
-def stoppable() -> Iterator[_Stopper]:
-    """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
-    stop = _Stopper()
-    before = {
-        number: signal.signal(number, stop)
-        for number in _STOPPING
-        if signal.getsignal(number) is not signal.SIG_IGN  # as in the background, or by nohup
-    }
-    try:
-        yield stop
-    except BaseException as error:
-        # A library that is being imported may make another error of it.
-        if stop.raised is None or isinstance(error, SystemExit):
-            raise
-        click.echo(f"ercbatch: {stop.raised}", err=True)
-        sys.exit(128 + stop.raised.number)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
-    """Says how to go on with a labelling run that ends early, if one can."""
-    from ercbatch.output import JOURNAL
-    from ercbatch.run import can_resume
-
-    try:
-        yield
-    except (UsageError, OutputError):
-        raise
-    except BaseException as error:
-        begun = output is not None and output.with_name(output.name + JOURNAL).exists()
-        again = begun and can_resume(inputs)
-        # An input that is broken, or was changed, must become another one first.
-        begun = begun and (isinstance(error, LimitError) or not isinstance(error, InputError))
-        if isinstance(error, _Stopped):
-            click.echo(f"ercbatch: {error}", err=True)
-        if begun and again:
-            click.echo(f"ercbatch: to go on: {_resuming(sys.argv)}", err=True)
-        elif begun:
-            click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
-        if isinstance(error, _Stopped):
-            # Threads may be at work on packs, or wait for input: none of them is waited for, nor
-            # is whoever reads stdout.
-            sys.stderr.flush()
-            os._exit(STOPPED if again else 128 + error.number)
-        raise
-
-
-def _resuming(argv: Sequence[str]) -> str:
-    """The command that goes on with the one that was given."""
-    module = Path(argv[0]).name == "__main__.py"
-    program = ["python", "-m", "ercbatch"] if module else [Path(argv[0]).name]
-    at = argv.index("label") + 1
-    end = argv.index("--") if "--" in argv else len(argv)
-    given = [word for word in argv[at:end] if word not in ("--force", "--resume")]
-    words = [*program, *argv[1:at], "--resume", *given, *argv[end:]]
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: str) -> str:
-    """A word as a shell takes it; one that is not UTF-8 as bash, zsh and ksh do."""
-    if word.isprintable():
-        return shlex.quote(word)
-    letters = (
-        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(word)
-    )
-    return f"$'{''.join(letters)}'"
 
 
 @click.group(
@@ -374,7 +200,7 @@ def label(
         if dry_run:
             click.echo(dry_run_label(load, options))
             return
-        with _resumable(options.output, options.inputs):
+        with resumable(options.output, options.inputs):
             summary = run_label(load, options, stop.shield)
         if not quiet:
             speed = summary.utterances / max(summary.seconds, 1e-9)

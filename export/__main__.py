@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ercbatch.bundle import RUNTIMES
-from ercbatch.cli import errors, stoppable
+from ercbatch.stopping import errors, stoppable
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
 

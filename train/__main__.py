@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from ercbatch.cli import errors
 from ercbatch.errors import UsageError
+from ercbatch.stopping import errors
 
 
 def _fold(
