@@ -157,8 +157,9 @@ def label(
     with errors(), stoppable() as stop:
         from ercbatch.labeler import Labeler
         from ercbatch.output import Files
+        from ercbatch.preflight import RunOptions
         from ercbatch.records import Limits, expand_inputs
-        from ercbatch.run import RunOptions, dry_run_label, run_label
+        from ercbatch.run import dry_run_label, run_label
 
         def load() -> Labeler:
             labeler = Labeler(
@@ -201,7 +202,7 @@ def label(
             click.echo(dry_run_label(load, options))
             return
         with resumable(options.output, options.inputs):
-            summary = run_label(load, options, stop.shield)
+            summary = run_label(load, options, stop)
         if not quiet:
             speed = summary.utterances / max(summary.seconds, 1e-9)
             click.echo(

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,15 @@ from ercbatch.errors import ErcbatchError, InputError, LimitError, StoppedError,
 from ercbatch.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.labeler import Labeler
 from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of
+from ercbatch.preflight import RunOptions, can_resume, check_files, check_output, check_rejects
 from ercbatch.progress import Progress
-from ercbatch.records import (
-    DEFAULT_LIMITS,
-    STDIN,
-    Accepted,
-    Counts,
-    Limits,
-    Reject,
-    read_records,
-)
+from ercbatch.records import STDIN, Accepted, Counts, Reject, read_records
+from ercbatch.stopping import Stopper
 from ercbatch.streams import printable
 
 _TIMED = 200
 """Utterances that a dry run labels to estimate the speed, about."""
-Shield = Callable[[], AbstractContextManager[object]]
-"""Within it, a signal that asks to stop waits."""
 _COUNTS = ("lines", "labelled", "rejected", "blank", "utterances")
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Where a run reads and writes, and when it gives up."""
-
-    inputs: tuple[str, ...]
-    output: Path | None = None
-    """None: stdout."""
-    rejects: Path | None = None
-    """None: beside the output; for stdout, on stderr."""
-    max_errors: int | None = None
-    limits: Limits = DEFAULT_LIMITS
-    commit_seconds: float = 2.0
-    """What is labelled is safe so much later."""
-    resume: bool = False
-    """Go on with a run that was stopped."""
-    force: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +67,8 @@ class _Origin:
         return Place(self.source, at.line, at.end, self.lines, self.blank)
 
 
-def can_resume(inputs: Sequence[str]) -> bool:
-    """Whether inputs can be read again: stdin and pipes can't."""
-    return all(name != STDIN and Path(name).is_file() for name in inputs)
-
-
 def run_label(
-    labeler: Callable[[], Labeler], options: RunOptions, shield: Shield = nullcontext
+    labeler: Callable[[], Labeler], options: RunOptions, stop: Stopper | None = None
 ) -> RunSummary:
     """Label every dialogue of the inputs, in order. `labeler` is called once all is checked.
 
@@ -111,6 +78,7 @@ def run_label(
         OutputError: the output is no longer what the run wrote.
         StoppedError: the output cannot be written on.
     """
+    stop = stop or Stopper()  # which nothing calls
     if options.resume and (options.force or options.output is None):
         raise UsageError(
             "--resume goes on with an output file, and --force begins it anew: give --output and "
@@ -118,23 +86,23 @@ def run_label(
         )
     if options.output is None:
         if options.rejects is not None:
-            _check_rejects(options.rejects, options)
+            check_rejects(options.rejects, options)
         stream = StreamOutput(options.rejects)
         try:
-            return _label(labeler(), options, stream, Tally(), shield)
+            return _label(labeler(), options, stream, Tally(), stop)
         finally:
             stream.close()
     files = Files.of(options.output, options.rejects)
-    _check_files(files, options)
+    check_files(files, options)
     with Journal(files.journal) as journal:
         if journal.foreign and not options.force:
             raise UsageError(
                 f"{files.journal} is no journal, or its beginning was altered: move it (and "
                 f"{files.part}), or begin anew with --force"
             )
-        _check_output(files, options, stopped=journal.identity is not None)
+        check_output(files, options, stopped=journal.identity is not None)
         try:
-            return _label_to_files(labeler(), options, files, journal, shield)
+            return _label_to_files(labeler(), options, files, journal, stop)
         except OSError as error:
             raise StoppedError(
                 f"{error.filename or files.part}: {error.strerror}: see to it, and go on"
@@ -142,7 +110,7 @@ def run_label(
 
 
 def _label_to_files(
-    labeler: Labeler, options: RunOptions, files: Files, journal: Journal, shield: Shield
+    labeler: Labeler, options: RunOptions, files: Files, journal: Journal, stop: Stopper
 ) -> RunSummary:
     inputs = _Inputs(options.inputs)
     identity = _identity(labeler, options, files, inputs)
@@ -169,9 +137,9 @@ def _label_to_files(
         raise
     start = Tally() if journal.commit is None else Tally.at(journal.commit)
     try:
-        summary = _label(labeler, options, output, start, shield)
+        summary = _label(labeler, options, output, start, stop)
     finally:
-        with shield():
+        with stop.shield():
             output.stop()
     inputs.check()
     manifest = {
@@ -181,8 +149,10 @@ def _label_to_files(
         "seconds": round(summary.seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    with shield():
-        return _completed(files, journal, manifest)
+    with stop.shield():
+        summary = _completed(files, journal, manifest)
+        stop.done()
+        return summary
 
 
 def _label(
@@ -190,7 +160,7 @@ def _label(
     options: RunOptions,
     output: StreamOutput | FileOutput,
     start: Tally,
-    shield: Shield,
+    stop: Stopper,
 ) -> RunSummary:
     """Label what follows after `start`."""
     counts = Counts(lines=start.restart.lines, blank=start.restart.blank)
@@ -201,7 +171,7 @@ def _label(
         for origin, labeled, restart in labeler.label_items(stream, start.replayed, start.trees):
             bad = origin.item if isinstance(origin.item, Reject) else None
             count = len(labeled.labels) if labeled else 0
-            with shield():
+            with stop.shield():
                 tally = Tally(
                     place=origin.after(),
                     restart=restart.origin.before(),
@@ -368,72 +338,6 @@ def _summary(manifest: Mapping[str, Any], files: Files) -> RunSummary:
         ) from error
 
 
-def _check_files(files: Files, options: RunOptions) -> None:
-    """See that what will be written can be, and is nothing that is read.
-
-    Raises:
-        UsageError: it cannot be, or is.
-    """
-    folder = files.output.parent
-    longest = files.unfinished_manifest.name
-    if not files.output.name or not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: choose another --output")
-    if len(os.fsencode(longest)) > os.pathconf(folder, "PC_NAME_MAX"):
-        raise UsageError(f"{files.output.name}: the name is too long: choose a shorter --output")
-    beside = files.part, files.journal, files.manifest, files.unfinished_manifest
-    written = (files.output, *beside)
-    for path in written:
-        if path.exists() and any(n != STDIN and path.samefile(n) for n in options.inputs):
-            raise UsageError(f"{path} is also an input: choose another --output")
-        if path.is_dir() or (path == files.output and os.path.lexists(path) and not path.is_file()):
-            raise UsageError(f"{path} is no file: choose another --output, or none for stdout")
-    _check_rejects(files.rejects, options, always=True)
-    named = [path.parent.resolve() / path.name for path in written]
-    if files.rejects.parent.resolve() / files.rejects.name in named:
-        raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
-
-
-def _check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
-    """See that rejects can be written there, and that it is nothing that is read; unless `always`,
-    nor anything that is there without --force.
-
-    Raises:
-        UsageError: they cannot be, or it is.
-    """
-    if not path.name or not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is no folder: choose another --rejects")
-    if not os.path.lexists(path):
-        return
-    if not path.is_file():
-        raise UsageError(f"{path} is no file: choose another --rejects")
-    if any(name != STDIN and path.samefile(name) for name in options.inputs):
-        raise UsageError(f"{path} is also an input: choose another --rejects")
-    if not (always or options.force):
-        raise UsageError(f"{path} exists: choose another --rejects, or give --force")
-
-
-def _check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
-    """See that nothing is overwritten unasked.
-
-    Raises:
-        UsageError: something would be.
-    """
-    if options.force or (stopped and options.resume):
-        return
-    if stopped:
-        others = "--force begins anew"
-        if can_resume(options.inputs):
-            others = f"--resume goes on with it, {others}"
-        raise UsageError(f"{files.part} is of a run that was stopped: {others}")
-    if files.output.exists():
-        if options.resume:
-            return  # it is looked at, and nothing is written
-        raise UsageError(f"{files.output} exists: choose another --output, or give --force")
-    for path in (files.part, files.manifest, files.rejects):
-        if path.exists():
-            raise UsageError(f"{path} exists: move it, or give --force")
-
-
 def _check_errors(rejected: int, most: int | None) -> None:
     if most is not None and rejected > most:
         raise LimitError(
@@ -461,8 +365,8 @@ def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
         raise UsageError("--dry-run reads the input twice, and stdin can be read only once")
     if options.output is not None:
         files = Files.of(options.output, options.rejects)
-        _check_files(files, options)
-        _check_output(files, options, stopped=files.journal.exists())
+        check_files(files, options)
+        check_output(files, options, stopped=files.journal.exists())
     loaded = labeler()
     counts = Counts()
     utterances = 0

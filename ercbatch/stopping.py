@@ -67,7 +67,7 @@ def _leave_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Stopper:
+class Stopper:
     """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded.
 
     Where `patience` is set, what is shielded has so many seconds: it may wait for a reader.
@@ -106,16 +106,22 @@ class _Stopper:
             yield
         finally:
             self._shielded = False
+        noted = self._noted
+        self.done()
+        if noted is not None:
+            self._raise(noted)
+
+    def done(self) -> None:
+        """What was asked for is done: a signal that came meanwhile is too late."""
         if self._noted is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            noted, self._noted = self._noted, None
-            self._raise(noted)
+            self._noted = None
 
 
 @contextmanager
-def stoppable() -> Iterator[_Stopper]:
+def stoppable() -> Iterator[Stopper]:
     """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
-    stop = _Stopper()
+    stop = Stopper()
     before = {
         number: signal.signal(number, stop)
         for number in _STOPPING
@@ -138,7 +144,7 @@ def stoppable() -> Iterator[_Stopper]:
 def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
     """Says how to go on with a labelling run that ends early, if one can."""
     from ercbatch.output import JOURNAL
-    from ercbatch.run import can_resume
+    from ercbatch.preflight import can_resume
 
     try:
         yield

@@ -6,6 +6,7 @@ stand for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,11 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
     labeler = Labeler(bundle)
     draw_no_bars()
     try:
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False
-        ).eval()
-        fill(model, onnx.load(bundle.path(files.MODEL)), labeler.engine.scorer.head)
+        graph = onnx.load(bundle.path(files.MODEL))
+        with torch.device("meta"):  # no memory for more than the graph has
+            found = find_parameters(_model(config), graph)
+        model = _model(config)
+        fill(model, found, labeler.engine.scorer.head)
         packed = PackedModel(model)
         _compare(packed, labeler)
         tokenizer = _tokenizer(bundle)
@@ -83,33 +85,23 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         save_tokenizer(tokenizer, part)
 
 
-def fill(model: Any, graph: ModelProto, head: AnswerHead) -> None:
-    """Put the weights of an exported graph, and the rows of its answers, into a model.
+def _model(config: dict[str, Any]) -> Any:
+    """An untrained model."""
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False
+    ).eval()
+
+
+def find_parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
+    """Parameter of a model -> its value in an exported graph, which has no output bias.
 
     Raises:
-        ValueError: they don't fill it.
+        ValueError: one is not there, or not in its shape.
     """
     output = model.get_output_embeddings()
     if output.weight is not model.get_input_embeddings().weight:
         # What isn't an answer has no row in the bundle, and labels of one's own would need it.
         raise ValueError("its output embedding is not its input embedding")
-    found = _parameters(model, graph)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter is output.bias:
-                parameter.zero_()
-                continue
-            if name not in found or found[name].shape != tuple(parameter.shape):
-                raise ValueError(f"{name} is not in its graph")
-            parameter.copy_(torch.from_numpy(np.array(found[name])))
-        rows = torch.from_numpy(head.tokens)
-        output.weight[rows] = torch.from_numpy(head.weight)
-        if output.bias is not None:
-            output.bias[rows] = torch.from_numpy(head.bias)
-
-
-def _parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
-    """Parameter -> its value, of those that are in the graph."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     turned = [name for name in constants if name.endswith(TRANSPOSED)]
     constants.update({name.removesuffix(TRANSPOSED): constants[name].T for name in turned})
@@ -119,7 +111,28 @@ def _parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
     for name, weight in products.items():
         module = modules.get(name.removeprefix(_INNER).rpartition(".")[0])
         found[name] = weight.T if isinstance(module, nn.Linear) else weight
-    return {name.removeprefix(_INNER): value for name, value in found.items()}
+    found = {name.removeprefix(_INNER): value for name, value in found.items()}
+    for name, parameter in model.named_parameters():
+        if parameter is output.bias:
+            continue
+        if name not in found or found[name].shape != tuple(parameter.shape):
+            raise ValueError(f"{name} is not in its graph")
+    return found
+
+
+def fill(model: Any, found: Mapping[str, Array], head: AnswerHead) -> None:
+    """Put what `find_parameters` found, and the rows of the answers, into a model."""
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter is output.bias:
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.from_numpy(np.array(found[name])))
+        rows = torch.from_numpy(head.tokens)
+        output.weight[rows] = torch.from_numpy(head.weight)
+        if output.bias is not None:
+            output.bias[rows] = torch.from_numpy(head.bias)
 
 
 def _compare(model: PackedModel, labeler: Labeler) -> None:

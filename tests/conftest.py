@@ -50,6 +50,18 @@ def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return python("-m", "ercbatch", *arguments, **environment)
 
 
+def export_bundle(
+    source: Path, folder: Path, *options: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m export bundle` on a run or a base."""
+    named = ("--name", "x", "--licence", "MIT")
+    return python("-m", "export", "bundle", source, "-o", folder, *named, *options)
+
+
+UNTRAINED = ("--zero-shot", CHAT, "--labels", "meld", "--template", "compact")
+"""What a base is exported with as it is."""
+
+
 def write_tokenizer(folder: Path, kind: str) -> None:
     """A tokenizer of WORDS and letters: WordPiece with BERT's marks, or byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -261,6 +273,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT decoder."""
     return write_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, whose answers four bits change."""
+    return write_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,10 @@ from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import InputError, UsageError
 from ercbatch.journal import BEGINNING, Commit, Journal
 from ercbatch.output import Files
+from ercbatch.preflight import RunOptions
 from ercbatch.prompts import clean, template
 from ercbatch.records import Counts, Limits, Reject, dump_record, read_records
-from ercbatch.run import RunOptions, RunSummary, run_label
+from ercbatch.run import RunSummary, run_label
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Question, Renderer, Task, Window
 

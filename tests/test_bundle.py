@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, cli, describe, python
+from conftest import EXAMPLES, cli, describe, export_bundle
 
 from ercbatch.bank import read_examples
 from ercbatch.bundle import FORMAT, find_bundle, open_bundle, read_info
@@ -123,11 +123,8 @@ def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
 
 
 def test_an_export_of_no_run_says_what_to_run(encoder_folder: Path, tmp_path: Path) -> None:
-    done = python(
-        *("-m", "export", "bundle", tmp_path, "-o", tmp_path / "b", "--name", "x"),
-        *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
-        *("--licence", "x"),
-    )
+    examples = ("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl")
+    done = export_bundle(tmp_path, tmp_path / "b", *examples)
     assert done.returncode == 2
     assert "python -m train fit" in done.stderr
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, describe, python, write_model
+from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, python, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
@@ -24,11 +24,9 @@ def write(bundle: str | Path, folder: Path, *options: str) -> Any:
 
 
 def untrained(base: Path, encoder: Path, folder: Path, quantize: str) -> Path:
-    done = python(
-        *("-m", "export", "bundle", base, "-o", folder, "--name", "x", "--encoder", encoder),
-        *("--zero-shot", EXAMPLES / "labelled_chat.jsonl", "--labels", "meld"),
-        *("--examples", EXAMPLES / "my_examples.jsonl", "--licence", "x"),
-        *("--quantize", quantize, "--template", "compact", "--accept-loss"),
+    examples = ("--encoder", encoder, "--examples", EXAMPLES / "my_examples.jsonl")
+    done = export_bundle(
+        base, folder, *UNTRAINED, *examples, "--quantize", quantize, "--accept-loss"
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -96,6 +94,7 @@ def test_what_is_no_checkpoint_is_told(
             ({"auto_map": {"AutoModel": "x.Y"}}, 2, "asks to run code"),
             ({"model_type": "nothing"}, 4, "nothing"),
             ({"num_hidden_layers": 3}, 4, "layer.2"),
+            ({"intermediate_size": 10**9}, 4, "weight is not in its graph"),
         ]
     ):
         folder = tmp_path / str(number)

@@ -6,27 +6,34 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess, Popen
-from typing import Any
+from subprocess import PIPE, Popen
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import CHAT, EXAMPLES, ROOT, cli, python, write_model, write_sentence_encoder
+from conftest import (
+    CHAT,
+    EXAMPLES,
+    ROOT,
+    UNTRAINED,
+    cli,
+    export_bundle,
+    python,
+    write_model,
+    write_sentence_encoder,
+)
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from peft import PeftModel
-from safetensors.numpy import load_file, save_file
 from test_graph import pack
 
 from ercbatch import bundle as files
 from ercbatch.bundle import find_bundle, open_bundle, read_info, write_bundle
-from ercbatch.errors import BundleError, UsageError
+from ercbatch.errors import BundleError
 from ercbatch.onnx_scorer import check_full_range
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
 from export.__main__ import main
@@ -36,35 +43,21 @@ from train.run import load_run
 VALID = EXAMPLES / "labelled_chat_valid.jsonl"
 
 
-def export(source: Path, folder: Path, *options: str | Path) -> CompletedProcess[str]:
-    return python(
-        *("-m", "export", "bundle", source, "-o", folder, "--name", "x", "--licence", "MIT"),
-        *options,
-    )
-
-
-UNTRAINED = ("--zero-shot", CHAT, "--labels", "meld", "--template", "compact")
 STRICT = ("--quantize", "int4", "--min-agreement", "100", "--max-loss", "0")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights, whose answers four bits change."""
-    return write_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture(scope="module")
 def int4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that falls short."""
     folder = tmp_path_factory.mktemp("int4") / "bundle"
-    done = export(llama, folder, *UNTRAINED, *STRICT, "--accept-loss")
+    done = export_bundle(llama, folder, *UNTRAINED, *STRICT, "--accept-loss")
     assert done.returncode == 0, done.stderr
     assert "warning: accepted loss: meld, labelled_chat: " in done.stdout
     return folder
 
 
 def test_a_bundle_that_falls_short_is_not_written(llama: Path, tmp_path: Path) -> None:
-    done = export(llama, tmp_path / "bundle", *UNTRAINED, *STRICT)
+    done = export_bundle(llama, tmp_path / "bundle", *UNTRAINED, *STRICT)
     assert done.returncode == 1
     assert "% of the labels are the original's (at least 100% must be)" in done.stderr
     assert "--accept-loss" in done.stderr
@@ -101,7 +94,7 @@ def test_the_merged_checkpoint_is_an_ordinary_one(trained: Path, tmp_path: Path)
     """Strictly the plain model's weights, and what the adapter computed on its base."""
     checkpoint = tmp_path / "checkpoint"
     options = ("--quantize", "fp32", "--accept-loss", "--also-checkpoint", checkpoint)
-    done = export(trained, tmp_path / "bundle", *options)
+    done = export_bundle(trained, tmp_path / "bundle", *options)
     assert done.returncode == 0, done.stderr
     plain, _ = load_causal_lm(str(checkpoint))
     merged = load_run(trained).model
@@ -127,10 +120,10 @@ def test_without_validation_data_nothing_vouches_for_a_bundle(
     described = json.loads((run / "run.json").read_text())
     described["recipe"]["valid"] = []
     (run / "run.json").write_text(json.dumps(described))
-    done = export(run, tmp_path / "bundle", "--quantize", "fp32")
+    done = export_bundle(run, tmp_path / "bundle", "--quantize", "fp32")
     assert done.returncode == 1
     assert "no validation data" in done.stderr
-    done = export(run, tmp_path / "bundle", "--quantize", "fp32", "--accept-loss")
+    done = export_bundle(run, tmp_path / "bundle", "--quantize", "fp32", "--accept-loss")
     assert done.returncode == 0, done.stderr
     assert read_info(tmp_path / "bundle").accepted_loss == (
         "no validation data: nothing is measured",
@@ -145,7 +138,7 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
     (source,) = described["recipe"]["valid"]
     described["recipe"]["valid"] = [source, {**source, "path": str(VALID)}]
     (run / "run.json").write_text(json.dumps(described))
-    done = export(run, tmp_path / "bundle", "--quantize", "fp32")
+    done = export_bundle(run, tmp_path / "bundle", "--quantize", "fp32")
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "bundle")
     assert sorted(info.quality) == [
@@ -164,7 +157,9 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
 
 def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    done = export(llama, tmp_path / "bundle", "--quantize", "nf4", *UNTRAINED, "--accept-loss")
+    done = export_bundle(
+        llama, tmp_path / "bundle", "--quantize", "nf4", *UNTRAINED, "--accept-loss"
+    )
     assert done.returncode == 0, done.stderr
     done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
@@ -212,7 +207,7 @@ def test_an_adapter_without_its_base_is_refused(
     if change == "other model":  # as where the base was on the hub
         text = json.dumps({**json.loads(text), "files": {}})
     (run / "run.json").write_text(text)
-    done = export(run, tmp_path / "bundle")
+    done = export_bundle(run, tmp_path / "bundle")
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert not (tmp_path / "bundle").exists()
@@ -278,87 +273,6 @@ def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: P
     assert (trained / "run.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"megatron_config": {"a": 1}, "megatron_core": "somebody.code"},
-        {"target_modules": "(([a-z_0-9.]*)*)*!"},
-        {"peft_type": "XLORA"},
-        {"layer_replication": [[0, 10**9]]},
-        {"unheard_of": "x"},
-    ],
-)
-def test_an_adapter_that_says_more_than_ours_is_refused(
-    trained: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    path = run / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UsageError, match="not the configuration of an adapter"):
-        load_run(run)
-
-
-def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path) -> None:
-    def tried(words: str, change: Callable[[Path, dict[str, Any]], object]) -> None:
-        run = tmp_path / "run"
-        shutil.copytree(trained, run)
-        described = json.loads((run / "run.json").read_text())
-        change(run, described)
-        (run / "run.json").write_text(json.dumps(described))
-        asked = ("bundle", run, "-o", tmp_path / "bundle", "--name", "x", "--licence", "MIT")
-        done = CliRunner().invoke(main, list(map(str, asked)))
-        assert done.exit_code == 2, done.output
-        assert words in done.output
-        shutil.rmtree(run)
-        assert not any(tmp_path.iterdir())
-
-    def other_valid(_: Path, described: dict[str, Any]) -> None:
-        described["data"][described["recipe"]["valid"][0]["path"]] = "0" * 64
-
-    def pickled(run: Path, _: dict[str, Any]) -> None:
-        (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter_model.bin")
-
-    def no_settings(run: Path, _: dict[str, Any]) -> None:
-        (run / "adapter" / "adapter_config.json").write_text("{}")
-
-    tried("not what the run was validated on", other_valid)
-    tried("has no adapter_model.safetensors: train again", pickled)
-    tried("not the configuration of an adapter", no_settings)
-    for recipe in (None, [], "x"):
-        tried("not the description of a finished run", lambda _, d, r=recipe: d.update(recipe=r))
-    for controls in ({}, {"start": 3}, None):
-        tried("not the description", lambda _, d, c=controls: d.update(controls=c))
-
-
-@pytest.mark.parametrize(
-    ("harm", "code", "words"),
-    [
-        ("missing", 2, "its weights lack model.norm.weight"),
-        ("base", 2, "the answers of the base are no numbers"),
-        ("adapter", 1, "the answers of torch "),
-    ],
-)
-def test_weights_that_are_none_are_refused(
-    llama: Path, trained: Path, tmp_path: Path, harm: str, code: int, words: str
-) -> None:
-    """Else transformers makes up what is missing, and every label is null."""
-    source = tmp_path / "source"
-    shutil.copytree(trained if harm == "adapter" else llama, source)
-    (path,) = source.rglob("*model.safetensors")
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith(("model.norm.weight", "lora_B.weight")))
-    values = tensors.pop(name)
-    if harm != "missing":
-        tensors[name] = np.full_like(values, np.nan)
-    save_file(tensors, path, metadata={"format": "pt"})
-    options = () if harm == "adapter" else UNTRAINED
-    done = export(source, tmp_path / "bundle", *options, "--accept-loss")
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
 def test_a_stopped_export_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     command = ("-m", "export", "bundle", trained, "-o", tmp_path / "bundle", "--name", "x")
     with Popen(
@@ -380,7 +294,7 @@ def test_a_stopped_export_leaves_nothing(trained: Path, tmp_path: Path) -> None:
 
 def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    done = export(trained, folder, "--target", "avx512_vnni", "--accept-loss")
+    done = export_bundle(trained, folder, "--target", "avx512_vnni", "--accept-loss")
     path = tmp_path / files.PROBE
     onnx.save(probe(), path)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, python, write_recipe
+from conftest import CHAT, export_bundle, python, write_recipe
 from scenes import dataset, recipe, scene
 
 from ercbatch.dialogues import Dialogue, Utterance
@@ -80,15 +80,10 @@ def test_dialogues_without_labels_teach_who_speaks(bert: Path, tmp_path: Path) -
     assert beside.returncode == 0, beside.stderr
     assert f"{chat}: no utterance has a `label`: for speakers alone" in beside.stderr
     path.write_text(path.read_text().replace('["speaker", "emotion"]', '["emotion"]'))
-    made = python(
-        *("-m", "export", "bundle", tmp_path / "beside", "-o", tmp_path / "b", "--name", "x"),
-        *("--encoder", "mini", "--examples", CHAT, "--licence", "x", "--accept-loss"),
-    )
+    examples = ("--encoder", "mini", "--examples", CHAT)
+    made = export_bundle(tmp_path / "beside", tmp_path / "b", *examples, "--accept-loss")
     assert made.returncode == 0, made.stderr
-    none = python(
-        *("-m", "export", "bundle", tmp_path / "alone", "-o", tmp_path / "no", "--name", "x"),
-        *("--encoder", "mini", "--examples", CHAT, "--licence", "x"),
-    )
+    none = export_bundle(tmp_path / "alone", tmp_path / "no", *examples)
     assert none.returncode == 2
     assert "has learnt no labels" in none.stderr
     refused = python("-m", "train", "fit", path, "-o", tmp_path / "refused")

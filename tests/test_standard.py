@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, EXAMPLES, cli, python, write_model
+from conftest import ARCHITECTURES, EXAMPLES, UNTRAINED, cli, export_bundle, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -112,11 +112,6 @@ def write_standard(request: pytest.FixtureRequest) -> Writer:
     return export_standard
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("llama"), "llama")
-
-
 TURNS = [Utterance(f"it is {n} , not my door !", "AB"[n % 2]) for n in range(9)]
 DIALOGUE = Dialogue(tuple(TURNS))
 
@@ -209,12 +204,8 @@ def test_the_graph_of_packs_is_refused(llama: Path, tmp_path: Path) -> None:
 def packed(llama: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A float32 bundle of a base as it is."""
     folder = tmp_path_factory.mktemp("bundles") / "packed"
-    done = python(
-        *("-m", "export", "bundle", llama, "-o", folder, "--name", "x"),
-        *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
-        *("--zero-shot", EXAMPLES / "labelled_chat.jsonl", "--labels", "meld", "--demos", "2"),
-        *("--licence", "x", "--quantize", "fp32", "--template", "compact"),
-    )
+    examples = ("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl")
+    done = export_bundle(llama, folder, *UNTRAINED, *examples, "--demos", "2", "--quantize", "fp32")
     assert done.returncode == 0, done.stderr
     return open_bundle(folder)
 

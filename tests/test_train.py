@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, python, write_gguf, write_model, write_recipe
+from conftest import EXAMPLES, ROOT, python, write_gguf, write_model
 from safetensors.torch import load_file, save_file
 
 from ercbatch.dialogues import Dialogue, Utterance
@@ -115,141 +113,12 @@ def test_labels_outside_the_set_are_refused_before_training(bert: Path, tmp_path
     assert "no utterance has a `label`" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "t5"}, "a t5 model, not a causal language model"),
-        ({"model_type": None}, "config.json without model_type"),
-        ({"is_decoder": False}, "`python -m train base`"),
-    ],
-)
-def test_a_base_that_is_no_causal_lm_is_refused(
-    bert: Path, changes: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    shutil.copytree(bert, tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
-    done = python("-m", "train", "fit", write_recipe(tmp_path, tmp_path / "base"), "-o", tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert len(done.stderr) < 600
-
-
 def test_data_without_dialogues_or_labels_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     for text, words in (("", "no dialogue in it"), ('{"utterances": [{"text": "a"}]}', "`label`")):
         data.write_text(text)
         with pytest.raises(InputError, match=words):
             read_dataset(Source(str(data), "meld"))
-
-
-def test_a_config_that_asks_to_run_code_is_refused(bert: Path, tmp_path: Path) -> None:
-    evil: list[dict[str, Any]] = [
-        {key: "evil"}
-        for key in ("auto_map", "_attn_implementation_internal", "attn_implementation")
-    ]
-    evil += [{"vision_config": evil[2]}, {"parts": [{"deeper": evil[1]}]}]
-    for asking in evil:
-        value = json.loads((bert / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**value, **asking}))
-        with pytest.raises(UsageError, match="asks to run code"):
-            load_causal_lm(str(tmp_path))
-
-
-def away(folder: Path, change: str) -> None:
-    """Let a model folder lead to what is beside it."""
-    private = folder.parent / "private"
-    private.mkdir()
-    (private / "secret").write_text("hunter2\n")
-    if change == "adapter":
-        shutil.copytree(folder, private / "base")
-        config = {"peft_type": "LORA", "base_model_name_or_path": str(private / "base"), "r": 4}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    elif change == "link":
-        (folder / "chat_template.jinja").symlink_to(private / "secret")
-    elif change == "pipe":
-        os.mkfifo(folder / "chat_template.jinja")
-    elif change == "shard":
-        (folder / "model.safetensors").rename(private / "model.safetensors")
-        index = {"weight_map": {"x": "../private/model.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    else:
-        path = folder / "tokenizer_config.json"
-        value = {**json.loads(path.read_text()), "vocab_file": str(private / "secret")}
-        path.write_text(json.dumps(value))
-
-
-@pytest.mark.parametrize("change", ["adapter", "link", "pipe", "shard", "tokenizer"])
-def test_a_base_that_leads_out_of_its_folder_is_refused(
-    bert: Path, tmp_path: Path, change: str
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(bert, base)
-    away(base, change)
-    with pytest.raises(UsageError, match=r"refused|merge the adapter into its base"):
-        load_causal_lm(str(base))
-
-
-def test_links_within_a_hubs_cache_are_followed(bert: Path, tmp_path: Path) -> None:
-    blobs = tmp_path / "models--someone--small" / "blobs"
-    snapshot = blobs.parent / "snapshots" / "1"
-    shutil.copytree(bert, blobs)
-    snapshot.mkdir(parents=True)
-    for path in blobs.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    load_causal_lm(str(snapshot))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_hidden_layers": 5000}, "asks for num_hidden_layers = 5000"),
-        ({"num_labels": 10**9}, "asks for num_labels"),
-        ({"num_local_experts": 10**7}, "asks for num_local_experts"),
-        ({"model_type": ["bert"]}, "not a causal language model"),
-        ({"hidden_size": None}, "cannot be loaded"),
-        ({"num_attention_heads": 0}, "cannot be loaded"),
-        ({"hidden_act": "no such"}, "cannot be loaded"),
-        ({"quantization_config": ["x"]}, "cannot be loaded"),
-    ],
-)
-def test_an_odd_configuration_ends_in_a_sentence(
-    bert: Path, tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(bert, base)
-    value = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**value, **change}))
-    with pytest.raises(UsageError, match=words):
-        load_causal_lm(str(base))
-
-
-def test_nothing_imports_kernels(tmp_path: Path) -> None:
-    """With it transformers and bitsandbytes, which peft imports, fetch code from the hub."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('it is imported')\n")
-    for name in ("train.run", "train.fit", "export.bundle"):
-        done = python("-c", f"import {name}", PYTHONPATH=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-
-
-def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Path) -> None:
-    """transformers takes the names of a stranger's templates for paths (CVE-2026-9856)."""
-    base, out = tmp_path / "base", tmp_path / "a" / "b" / "c"
-    shutil.copytree(bert, base)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    names = ("default", "../../x", str(tmp_path / "y"))
-    config["chat_template"] = [{"name": name, "template": name} for name in names]
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
-    recipe = write_recipe(tmp_path, base, method="full", speaker_epochs=0)
-    out.parent.mkdir(parents=True)
-    before = {path for path in tmp_path.rglob("*") if out not in path.parents}
-    done = python("-m", "train", "fit", recipe, "-o", out)
-    assert done.returncode == 0, done.stderr
-    after = {path for path in tmp_path.rglob("*") if out not in path.parents}
-    assert after - before == {out}
-    assert not list(out.rglob("*x.jinja"))
-    assert (out / "model" / "chat_template.jinja").read_text() == "default"
 
 
 def test_the_runtime_imports_neither_train_nor_export() -> None:

@@ -3,7 +3,8 @@
  * FAULT_FOLDER  only calls on files in it, and on itself, count
  * FAULT_CALL    open, write, fsync, rename, ftruncate, unlink, or any
  * FAULT_NTH     which of them, from 1; 0: none
- * FAULT_ERRNO   what it fails with; 0: the process is killed in its place
+ * FAULT_ERRNO   what it fails with
+ * FAULT_SIGNAL  the signal that comes just before it, and it succeeds, in the place of failing
  * FAULT_COUNT   a file for the number of calls, written when the process ends
  * FAULT_SLOW    seconds that it takes, and then succeeds, in the place of failing
  * FAULT_CLOCK   seconds by which the time of day jumps with every second look at it
@@ -54,8 +55,11 @@ static int fails(const char *call, int here) {
         sleep((unsigned)number("FAULT_SLOW"));
         return 0;
     }
+    if (number("FAULT_SIGNAL")) {
+        kill(getpid(), (int)number("FAULT_SIGNAL"));
+        return 0;
+    }
     errno = (int)number("FAULT_ERRNO");
-    if (!errno) kill(getpid(), SIGKILL);
     return 1;
 }
 

@@ -1,0 +1,102 @@
+"""What is asked of a run, and seen to before anything is read, loaded or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ercbatch.errors import UsageError
+from ercbatch.output import Files
+from ercbatch.records import DEFAULT_LIMITS, STDIN, Limits
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where a run reads and writes, and when it gives up."""
+
+    inputs: tuple[str, ...]
+    output: Path | None = None
+    """None: stdout."""
+    rejects: Path | None = None
+    """None: beside the output; for stdout, on stderr."""
+    max_errors: int | None = None
+    limits: Limits = DEFAULT_LIMITS
+    commit_seconds: float = 2.0
+    """What is labelled is safe so much later."""
+    resume: bool = False
+    """Go on with a run that was stopped."""
+    force: bool = False
+    quiet: bool = False
+
+
+def can_resume(inputs: Sequence[str]) -> bool:
+    """Whether inputs can be read again: stdin and pipes can't."""
+    return all(name != STDIN and Path(name).is_file() for name in inputs)
+
+
+def check_files(files: Files, options: RunOptions) -> None:
+    """See that what will be written can be, and is nothing that is read.
+
+    Raises:
+        UsageError: it cannot be, or is.
+    """
+    folder = files.output.parent
+    longest = files.unfinished_manifest.name
+    if not files.output.name or not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: choose another --output")
+    if len(os.fsencode(longest)) > os.pathconf(folder, "PC_NAME_MAX"):
+        raise UsageError(f"{files.output.name}: the name is too long: choose a shorter --output")
+    beside = files.part, files.journal, files.manifest, files.unfinished_manifest
+    written = (files.output, *beside)
+    for path in written:
+        if path.exists() and any(n != STDIN and path.samefile(n) for n in options.inputs):
+            raise UsageError(f"{path} is also an input: choose another --output")
+        if path.is_dir() or (path == files.output and os.path.lexists(path) and not path.is_file()):
+            raise UsageError(f"{path} is no file: choose another --output, or none for stdout")
+    check_rejects(files.rejects, options, always=True)
+    named = [path.parent.resolve() / path.name for path in written]
+    if files.rejects.parent.resolve() / files.rejects.name in named:
+        raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
+
+
+def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
+    """See that rejects can be written there, and that it is nothing that is read; unless `always`,
+    nor anything that is there without --force.
+
+    Raises:
+        UsageError: they cannot be, or it is.
+    """
+    if not path.name or not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder: choose another --rejects")
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise UsageError(f"{path} is no file: choose another --rejects")
+    if any(name != STDIN and path.samefile(name) for name in options.inputs):
+        raise UsageError(f"{path} is also an input: choose another --rejects")
+    if not (always or options.force):
+        raise UsageError(f"{path} exists: choose another --rejects, or give --force")
+
+
+def check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
+    """See that nothing is overwritten unasked.
+
+    Raises:
+        UsageError: something would be.
+    """
+    if options.force or (stopped and options.resume):
+        return
+    if stopped:
+        others = "--force begins anew"
+        if can_resume(options.inputs):
+            others = f"--resume goes on with it, {others}"
+        raise UsageError(f"{files.part} is of a run that was stopped: {others}")
+    if files.output.exists():
+        if options.resume:
+            return  # it is looked at, and nothing is written
+        raise UsageError(f"{files.output} exists: choose another --output, or give --force")
+    for path in (files.part, files.manifest, files.rejects):
+        if path.exists():
+            raise UsageError(f"{path} exists: move it, or give --force")
