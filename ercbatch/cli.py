@@ -71,7 +71,7 @@ def main() -> None:
 @click.option(
     "--rejects",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File for bad lines; default: OUTPUT.rejects.jsonl.",
+    help="File for bad lines; default: OUTPUT.rejects.jsonl, or stderr where there is no OUTPUT.",
 )
 @click.option(
     "--max-errors", type=click.IntRange(0), metavar="N", help="Give up at more than N bad lines."
@@ -106,7 +106,7 @@ def main() -> None:
     default=1 << 40,
     show_default=True,
     metavar="N",
-    help="Give up on a compressed file that holds more.",
+    help="Read no further in a compressed file that holds more.",
 )
 @click.option(
     "--commit-every",
@@ -177,8 +177,9 @@ def label(
             return labeler
 
         source = click.get_current_context().get_parameter_source
-        if resume and source("resume") == ParameterSource.COMMANDLINE != source("force"):
-            force = False  # set for all commands, in the environment
+        asked = ParameterSource.COMMANDLINE  # and not by the environment, for all commands
+        if resume and force and asked in (source("resume"), source("force")):
+            resume, force = source("resume") == asked, source("force") == asked
         if not math.isfinite(commit_every):
             raise UsageError("--commit-every is no number of seconds")
         if output == Path("-"):
@@ -230,13 +231,15 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
     """Turn a dataset publisher's files into dialogue JSONL with gold labels."""
     with errors():
         from ercbatch.convert import convert as convert_dataset
-        from ercbatch.errors import UsageError
         from ercbatch.records import dump_record
 
-        if output.exists() and not force:
-            raise UsageError(f"{output} exists: choose another --output, or give --force")
-        dialogues = utterances = unlabelled = 0
         part = output.with_name(output.name + ".part")
+        if part.exists() or (output.exists() and not force):
+            found = part if part.exists() else output
+            raise UsageError(f"{found} exists: choose another --output, or give --force")
+        if output.exists() and any(p.samefile(output) for p in (source, *source.rglob("*"))):
+            raise UsageError(f"{output} is read: choose another --output")
+        dialogues = utterances = unlabelled = 0
         try:
             with part.open("wb") as file:
                 for record in convert_dataset(format, source):
@@ -260,7 +263,9 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
     "--label-set",
     help="A built-in label set, or a JSON file of your own; default: the smallest that fits.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="ERCBATCH_EVALUATE_JSON", help="Print JSON."
+)
 def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
     """Compare labels with the gold labels in the same file."""
     with errors():
@@ -285,7 +290,9 @@ def bundle() -> None:
 
 @bundle.command("show")
 @click.argument("name", metavar="DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="ERCBATCH_BUNDLE_SHOW_JSON", help="Print JSON."
+)
 def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
     with errors():
@@ -322,7 +329,14 @@ def bank() -> None:
 
 @bank.command("build")
 @click.argument("examples", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--bundle", "name", default="mini", show_default=True, help="Bundle to start from.")
+@click.option(
+    "--bundle",
+    "name",
+    default="mini",
+    show_default=True,
+    envvar="ERCBATCH_BANK_BUILD_BUNDLE",
+    help="Bundle to start from.",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write."
 )

@@ -4,7 +4,8 @@ ErcbatchError                 exit 1
 ├── UsageError                exit 2: the call or its settings are wrong
 │   └── MissingExtraError     an optional dependency is not installed
 ├── InputError                exit 4: an input file cannot be used at all
-│   └── LimitError            it is beyond a limit: a run can go on with a higher one
+│   ├── LimitError            too many of its lines are bad: a run can go on with a higher limit
+│   └── UnreadableError       the disk gives no more of it: a run can go on when it does
 ├── OutputError               exit 1: an output cannot be written
 ├── StoppedError              exit 75: an output cannot be written on; the run can be gone on with
 ├── LossError                 exit 1: a bundle would fall short of the model it is made from
@@ -41,7 +42,11 @@ class InputError(ErcbatchError):
 
 
 class LimitError(InputError):
-    """An input is beyond a limit that was set; with a higher one the run can go on."""
+    """More lines are bad than was allowed; with a higher limit the run can go on."""
+
+
+class UnreadableError(InputError):
+    """The system cannot read on; the run can go on when it can."""
 
 
 class OutputError(ErcbatchError):

@@ -26,11 +26,12 @@ import orjson
 from ercbatch.checked import integer, mapping, number, string
 from ercbatch.errors import OutputError, UsageError
 
-FORMAT = 2
+FORMAT = 3
 _CHECK = b',"check":"'
 _DIGITS = 16
 """Hexadecimal digits of a line's digest that are written."""
 _MOST = 2**63 - 1
+_TO_ADD = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,10 @@ BEGINNING = Place(0, 0, 0, 0, 0)
 class Commit:
     """What is on the disk, and where a run that goes on begins to read.
 
-    The items (dialogues and rejects) before `place` are answered. Reading begins at `restart`; the
-    first `replayed` items and `trees` from there are computed no more: see `pipeline.Restart`.
+    Reading begins at `restart`; the first `replayed` items (dialogues and rejects) and `trees` from
+    there are computed no more: see `pipeline.Restart`.
     """
 
-    place: Place
     restart: Place
     replayed: int
     trees: int
@@ -96,7 +96,6 @@ class Commit:
         """
         counts = ("replayed", "trees", "output", "rejects", "labelled", "rejected", "utterances")
         return cls(
-            place=Place.from_json(value["place"]),
             restart=Place.from_json(value["restart"]),
             sha256=string(value["sha256"]),
             rejects_sha256=string(value["rejects_sha256"]),
@@ -121,7 +120,6 @@ class Journal:
         self.identity: dict[str, Any] | None = None
         self.commit: Commit | None = None
         self.manifest: dict[str, Any] | None = None
-        self._removed = False
         self._file = _locked(path)
         try:
             self._end = self._read()
@@ -195,7 +193,6 @@ class Journal:
     def remove(self) -> None:
         """Remove it: its run is over."""
         self.path.unlink(missing_ok=True)
-        self._removed = True
 
     def __enter__(self) -> Self:
         return self
@@ -207,7 +204,7 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         """Let others have it; an empty one is removed."""
-        if self.identity is None and not self.foreign and not self._removed:
+        if self.identity is None and not self.foreign:
             with suppress(OSError):
                 self.path.unlink()
         os.close(self._file)
@@ -240,9 +237,9 @@ class Appended:
         sha256: their digest; None where nothing is to be kept.
 
     Raises:
-        OSError: it cannot be opened or cut.
+        OSError: it cannot be read or cut.
         OutputError: it does not begin so.
-        UsageError: another run writes to it.
+        UsageError: it cannot be opened, or another run writes to it.
     """
 
     _GATHERED = 1 << 20
@@ -253,7 +250,12 @@ class Appended:
         self.length = length
         self.sha256 = hashlib.sha256()
         self._gathered = bytearray()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._file = os.open(path, _TO_ADD, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be written: {error.strerror}: choose another file"
+            ) from error
         try:
             with _told(path):
                 _lock(self._file, path)
@@ -329,6 +331,9 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], under: str = "")
     for key in [*was, *(key for key in now if key not in was)]:
         old, new = was.get(key), now.get(key)
         name = f"{under}{key}"
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            names = [_entry(place, value) for place, value in enumerate(old, start=1)]
+            old, new = dict(zip(names, old, strict=True)), dict(zip(names, new, strict=True))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{name}.")
         elif old != new:
@@ -361,6 +366,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _entry(place: int, value: object) -> str:
+    file = value.get("file") if isinstance(value, Mapping) else None
+    return f"{place} ({file})" if file else str(place)
+
+
 def _said(value: object) -> str:
     if value is None:
         return "missing"
@@ -371,7 +381,7 @@ def _said(value: object) -> str:
 def _locked(path: Path) -> int:
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = os.open(path, _TO_ADD, 0o666)
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be written: {error.strerror}: choose another --output"

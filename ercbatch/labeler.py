@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,6 +25,8 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Renderer
 
 T = TypeVar("T")
+_PACKAGES = ("numpy", "orjson", "tokenizers")
+"""What every output goes through."""
 
 
 class Labeler:
@@ -80,7 +83,7 @@ class Labeler:
         self._min_confidence = min_confidence
         self._scores = scores
         self._context = context
-        threads = threads or available_threads()
+        self._threads = threads = threads or available_threads()
         count = info.demonstrations if demonstrations is None else demonstrations
         with odd_files(opened.folder):
             self.engine = self._engine(count, threads)
@@ -117,13 +120,17 @@ class Labeler:
             "context": self._context,
             "min_confidence": self._min_confidence,
             "scores": self._scores,
+            **self.engine.scorer.placed,
+            **({"encoder_threads": self._threads} if self.engine.retriever else {}),
         }
 
     def releases(self) -> dict[str, str]:
-        """Package -> release, of those that the labels depend on, as a run's manifest records."""
-        retrieves = self.engine.retriever is not None
-        packages = {*self.engine.scorer.packages, *(("onnxruntime",) if retrieves else ())}
-        return {name: version(name) for name in ("ercbatch", *sorted(packages))}
+        """Package -> release, of those that an output depends on, as a run's manifest records."""
+        packages = {*_PACKAGES, *self.engine.scorer.packages}
+        if self.engine.retriever is not None:
+            packages |= {"hnswlib", "onnxruntime"}
+        installed = {name: version(name) for name in ("ercbatch", *sorted(packages))}
+        return {**installed, "unicode": unicodedata.unidata_version}
 
     def describe(self) -> str:
         """Which model labels, and what runs it."""

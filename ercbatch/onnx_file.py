@@ -118,7 +118,6 @@ _OPTIONAL = {
     "Dropout": {1, 2},
     "MatMulNBits": {3, 4},
     "Pad": {2},
-    "Resize": {1, 2},
 }
 """Operators, and which of their inputs may be left out by an empty name. ONNX Runtime 1.32 crashes
 where some others are, those of LayerNormalization say, though its bias is optional."""

@@ -136,6 +136,7 @@ class OnnxScorer(StateScorer):
         beside = (path.with_name(name) for name in listed if name.startswith(f"{path.name}."))
         size = sum(file.stat().st_size for file in (path, *beside))
         self.at_once = 1 if size >= _LARGE else threads
+        self.placed = {"pack_threads": threads // self.at_once}
         self._session = open_session(path, threads // self.at_once, listed)
         self._tiles = tiles_of(path, self._session)
         self._threads = threads

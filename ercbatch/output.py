@@ -60,9 +60,9 @@ class Files:
         return self._beside(MANIFEST + PART)
 
     def left(self) -> tuple[Path, ...]:
-        """What a run that was stopped has left here: no input, though it be in an input folder."""
+        """What a run has left here: no input, though it be in an input folder."""
         with suppress(OSError):  # a name that is too long, say
-            if self.journal.exists():
+            if self.journal.exists() or self.manifest.exists():
                 return self.output, self.rejects
         return ()
 
@@ -74,7 +74,6 @@ class Files:
 class Tally:
     """What a run has come to so far, at a place of its inputs."""
 
-    place: Place = BEGINNING
     restart: Place = BEGINNING
     replayed: int = 0
     trees: int = 0
@@ -90,12 +89,18 @@ class Tally:
         return cls(**{name: getattr(commit, name) for name in names})
 
 
+def tell(reject: Reject) -> None:
+    """Say on stderr what is wrong with a line."""
+    place = printable(reject.at.file)
+    print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
+
+
 class StreamOutput:
     """Labelled dialogues on stdout, as they come; rejects in a file, or as sentences on stderr.
 
     Raises:
         OSError: the file cannot be written.
-        UsageError: another run writes to it.
+        UsageError: it cannot be opened, or another run writes to it.
     """
 
     def __init__(self, rejects: Path | None) -> None:
@@ -113,9 +118,9 @@ class StreamOutput:
 
     def reject(self, reject: Reject, tally: Tally) -> None:
         """Write a reject, with which the run has come to so much."""
+        if self._rejects is None or reject.ends_file:
+            tell(reject)
         if self._rejects is None:
-            place = printable(reject.at.file)
-            print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
             return
         self._rejects.add(dump_record(reject.to_record()))
         self._rejects.flush()
@@ -134,19 +139,22 @@ class FileOutput:
     however long the next dialogue takes.
 
     Raises:
-        OSError: the files cannot be opened.
+        OSError: the files cannot be read or cut.
         OutputError: they hold something else than the journal says.
-        UsageError: another run writes rejects there.
+        UsageError: they cannot be opened, or another run writes there.
     """
 
     def __init__(self, files: Files, journal: Journal, every: float) -> None:
-        self.files = files
         self._journal = journal
         was = journal.commit
         # Rejects have their file from the start, so that no other run takes the name meanwhile.
         if was is None:
             self._rejects = Appended(files.rejects, 0, None)
-            self._output = Appended(files.part, 0, None)
+            try:
+                self._output = Appended(files.part, 0, None)
+            except BaseException:
+                _remove_empty(files.rejects)
+                raise
         else:
             self._rejects = Appended(files.rejects, was.rejects, was.rejects_sha256)
             self._output = Appended(files.part, was.output, was.sha256)
@@ -166,12 +174,7 @@ class FileOutput:
         Raises:
             OSError, OutputError: it, or what was written before, cannot be brought to the disk.
         """
-        if self._failed is not None:
-            raise self._failed
-        line = dump_record(labeled.to_record())
-        with self._lock:
-            self._output.add(line)
-            self._tally = tally
+        self._add(self._output, dump_record(labeled.to_record()), tally)
 
     def reject(self, reject: Reject, tally: Tally) -> None:
         """Write a reject, with which the run has come to so much.
@@ -179,10 +182,19 @@ class FileOutput:
         Raises:
             OSError, OutputError: see `write`.
         """
+        if reject.ends_file:
+            tell(reject)
+        self._add(self._rejects, dump_record(reject.to_record()), tally)
+
+    def _add(self, file: Appended, line: bytes, tally: Tally) -> None:
         if self._failed is not None:
             raise self._failed
         with self._lock:
-            self._rejects.add(dump_record(reject.to_record()))
+            try:
+                file.add(line)
+            except OSError as error:  # how much of it is there? nothing more is committed
+                self._failed = error
+                raise
             self._tally = tally
 
     def _committing(self) -> None:
@@ -221,8 +233,9 @@ class FileOutput:
         self._over.set()
         self._thread.join()
         try:
-            if self._failed is None:
-                self._commit()
+            if self._failed is not None:
+                raise self._failed
+            self._commit()
         finally:
             for file in (self._output, self._rejects):
                 file.close()
@@ -257,14 +270,17 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
 
     Raises:
         OSError: it cannot be put there.
-        OutputError: it is gone.
+        OutputError: it is gone, or altered.
     """
+    known = journal.manifest is None and files.part.exists()  # it was written just now
     if journal.manifest is None:
         journal.finish(manifest)
-    if files.part.exists():
+    unplaced = files.part.exists()
+    whole = files.part if unplaced else files.output
+    if not known and digest_of(whole) != mapping(manifest.get("output")).get("sha256"):
+        raise OutputError(f"{whole}: it is not what was written: begin anew with --force")
+    if unplaced:
         put_in_place(files.part, files.output)
-    elif digest_of(files.output) != mapping(manifest.get("output")).get("sha256"):
-        raise OutputError(f"{files.part}: it is there no more: begin anew with --force")
     new = files.unfinished_manifest
     try:
         with new.open("w", encoding="utf-8") as file:

@@ -85,10 +85,10 @@ def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterator[R]:
-    """`act` on each item in one of some threads; the results in the order of the items."""
-    if threads == 1:
-        yield from map(act, source)
-        return
+    """`act` on each item in one of some threads; the results in the order of the items.
+
+    The caller's thread only waits, for signals are handled in no other.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
     running: deque[Future[R]] = deque()
     patient = True

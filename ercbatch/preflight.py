@@ -42,23 +42,32 @@ def check_files(files: Files, options: RunOptions) -> None:
     Raises:
         UsageError: it cannot be, or is.
     """
-    folder = files.output.parent
-    longest = files.unfinished_manifest.name
-    if not files.output.name or not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: choose another --output")
-    if len(os.fsencode(longest)) > os.pathconf(folder, "PC_NAME_MAX"):
-        raise UsageError(f"{files.output.name}: the name is too long: choose a shorter --output")
+    _check_name(files.output, files.unfinished_manifest.name, "--output")
     beside = files.part, files.journal, files.manifest, files.unfinished_manifest
     written = (files.output, *beside)
     for path in written:
         if path.exists() and any(n != STDIN and path.samefile(n) for n in options.inputs):
             raise UsageError(f"{path} is also an input: choose another --output")
-        if path.is_dir() or (path == files.output and os.path.lexists(path) and not path.is_file()):
-            raise UsageError(f"{path} is no file: choose another --output, or none for stdout")
+        if _is_odd(path):
+            raise UsageError(
+                f"{path} is no file, or a link: choose another --output, or none for stdout"
+            )
     check_rejects(files.rejects, options, always=True)
     named = [path.parent.resolve() / path.name for path in written]
     if files.rejects.parent.resolve() / files.rejects.name in named:
         raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
+
+
+def _check_name(path: Path, longest: str, option: str) -> None:
+    if not path.name or not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder: choose another {option}")
+    if len(os.fsencode(longest)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+        raise UsageError(f"{path.name}: the name is too long: choose a shorter {option}")
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether a folder, a pipe or a device is there; or a link, in whose place a file would be."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
@@ -68,19 +77,18 @@ def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> N
     Raises:
         UsageError: they cannot be, or it is.
     """
-    if not path.name or not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is no folder: choose another --rejects")
+    _check_name(path, path.name, "--rejects")
     if not os.path.lexists(path):
         return
-    if not path.is_file():
-        raise UsageError(f"{path} is no file: choose another --rejects")
+    if _is_odd(path):
+        raise UsageError(f"{path} is no file, or a link: choose another --rejects")
     if any(name != STDIN and path.samefile(name) for name in options.inputs):
         raise UsageError(f"{path} is also an input: choose another --rejects")
     if not (always or options.force):
         raise UsageError(f"{path} exists: choose another --rejects, or give --force")
 
 
-def check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
+def check_unasked(files: Files, options: RunOptions, *, stopped: bool) -> None:
     """See that nothing is overwritten unasked.
 
     Raises:
@@ -97,6 +105,6 @@ def check_output(files: Files, options: RunOptions, *, stopped: bool) -> None:
         if options.resume:
             return  # it is looked at, and nothing is written
         raise UsageError(f"{files.output} exists: choose another --output, or give --force")
-    for path in (files.part, files.manifest, files.rejects):
+    for path in (files.part, files.manifest, files.unfinished_manifest, files.rejects):
         if path.exists():
             raise UsageError(f"{path} exists: move it, or give --force")

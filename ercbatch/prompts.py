@@ -43,6 +43,7 @@ class Content:
 Piece = Text | Content | Control
 
 _FAKE_SPEAKER = re.compile(r"^(?:\s*<?\s*speaker[_ ]?\d+\s*:\s*)+", re.IGNORECASE)
+_FAKE_TURN = re.compile(r"(speaker[_ ]?\d+)\s*:[\s:]*", re.IGNORECASE)
 _HASHES = re.compile(r"#{3,}")
 _SPACE = re.compile(r"\s+")
 
@@ -51,7 +52,8 @@ def clean(text: str) -> str:
     """Text as a prompt may quote it: one line, without the templates' delimiters.
 
     Line breaks, tabs and control characters become a space, invisible format characters (zero
-    width, direction marks) go, `###` goes, and so does a `Speaker_3:` at the start.
+    width, direction marks) go, `###` goes, and so does a `Speaker_3:` at the start. Elsewhere it
+    loses its colon.
     """
     kept = []
     for character in text:
@@ -60,7 +62,7 @@ def clean(text: str) -> str:
             continue
         kept.append(" " if category == "Cc" else character)
     line = _SPACE.sub(" ", _HASHES.sub(" ", "".join(kept)))
-    return _FAKE_SPEAKER.sub("", line).strip()
+    return _FAKE_TURN.sub(r"\1 ", _FAKE_SPEAKER.sub("", line)).strip()
 
 
 class Template(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import io
 import json
 import os
@@ -19,7 +18,7 @@ import orjson
 import zstandard
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
-from ercbatch.errors import InputError, LimitError, RecordError, UsageError
+from ercbatch.errors import InputError, RecordError, UnreadableError, UsageError
 
 STDIN = "-"
 MANIFEST, REJECTS = ".manifest.json", ".rejects.jsonl"
@@ -32,6 +31,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
 """How UTF-16 JSON begins: with its byte order mark, or with the brace of the first line."""
 _RAW = 200
 """Characters of a bad line that its reject shows."""
+_ENDS_FILE = ("broken", "file_too_large", "utf_16")
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _DEEPEST = 250
 """Levels of nesting. orjson reads 1,024, but writes only 254."""
@@ -39,14 +39,14 @@ _DEEPEST = 250
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is taken from an input: beyond, a line is a reject, and a file is given up."""
+    """How much is taken from an input; what is beyond is a reject."""
 
     line_bytes: int = 16 << 20
     turns: int = 100_000
     characters: int = 1_000_000
     """Of an utterance's text."""
     file_bytes: int = 1 << 40
-    """Of a compressed file's content."""
+    """Of a compressed file's content, whose rest is one reject."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -79,6 +79,11 @@ class Reject:
     code: str
     reason: str
     raw: str
+
+    @property
+    def ends_file(self) -> bool:
+        """Whether it stands for all that follows in its file, too."""
+        return self.code in _ENDS_FILE
 
     def to_record(self) -> dict[str, str | int]:
         """The reject as it is written."""
@@ -157,7 +162,7 @@ def open_input(name: str) -> BinaryIO:
     """A file or stdin (`-`) for reading, decompressed if it is gzip or Zstandard.
 
     Raises:
-        InputError: it cannot be opened.
+        UnreadableError: it cannot be opened.
     """
     try:
         raw = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115
@@ -168,14 +173,15 @@ def open_input(name: str) -> BinaryIO:
             magic = plain.read(4)
             plain = io.BufferedReader(_Rejoined(magic, plain))
     except OSError as error:
-        raise InputError(
+        raise UnreadableError(
             f"{name}: cannot be read ({error.strerror}): check the name and its rights"
         ) from error
+    kind = None
     if magic.startswith(_GZIP):
-        return cast(BinaryIO, _GzipReader(plain))
-    if magic.startswith(_ZSTD) or (magic[1:] == _SKIPPABLE and magic[0] >> 4 == 5):
-        return io.BufferedReader(_ZstdReader(plain), 1 << 16)
-    return plain
+        kind = "gzip"
+    elif magic.startswith(_ZSTD) or (magic[1:] == _SKIPPABLE and magic[0] >> 4 == 5):
+        kind = "Zstandard"
+    return plain if kind is None else io.BufferedReader(_Decompressed(plain, kind), 1 << 16)
 
 
 class _Rejoined(io.RawIOBase):
@@ -198,27 +204,18 @@ class _Rejoined(io.RawIOBase):
         super().close()
 
 
-class _GzipReader(gzip.GzipFile):
-    """Closes the file below it too, which GzipFile leaves to the caller."""
+class _Decompressed(io.RawIOBase):
+    """What gzip or Zstandard frames hold, one after another.
 
-    def __init__(self, source: BinaryIO) -> None:
-        super().__init__(fileobj=source)
+    Compressed bytes are taken in the same pieces, from the beginning, whatever is read: of a
+    damaged one comes nothing, so that what comes before it is always as much. The libraries' own
+    readers take other pieces after a seek, or a cut for the end.
+    """
+
+    def __init__(self, source: BinaryIO, kind: str) -> None:
         self._source = source
-
-    def close(self) -> None:
-        super().close()
-        self._source.close()
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses Zstandard frames; zstandard's own stream reader is silent on a cut file."""
-
-    _TAKEN = 512
-    """Compressed bytes at a time: a block of 4 can hold 128 KiB, so these give 16 MiB at most."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._kind = kind
+        self._frame = _frame(kind)
         self._begun = False
         self._ready = memoryview(b"")
 
@@ -228,14 +225,16 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             taken = self._frame.unused_data if self._frame.eof else b""
-            taken = taken or self._source.read(self._TAKEN)
+            taken = taken or self._source.read(_TAKEN)
             if self._frame.eof:
-                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
+                self._frame, self._begun = _frame(self._kind), False
             if not taken:
                 if self._begun:
-                    raise EOFError("it ends within a Zstandard frame")
+                    raise EOFError(f"it ends within a {self._kind} frame")
                 return 0
-            self._begun = True
+            if self._kind == "gzip" and not self._begun:
+                taken = taken.lstrip(b"\0")  # tapes fill up with them
+            self._begun = self._begun or bool(taken)
             self._ready = memoryview(self._frame.decompress(taken))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
@@ -245,6 +244,17 @@ class _ZstdReader(io.RawIOBase):
     def close(self) -> None:
         self._source.close()
         super().close()
+
+
+_TAKEN = 512
+"""Compressed bytes at a time, which give 16 MiB at most: of Zstandard, 4 bytes can hold 128 KiB."""
+
+
+def _frame(kind: str) -> Any:
+    """What decompresses one frame: of both kinds it has the same methods."""
+    if kind == "gzip":
+        return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    return zstandard.ZstdDecompressor().decompressobj()
 
 
 def read_records(
@@ -257,60 +267,57 @@ def read_records(
     read as 64-bit floats, integers exactly or not at all; of duplicate keys the last one counts.
     The first `start` = (lines, bytes) are passed over.
 
-    Reject codes: encoding, json, number, too_deep, too_long, text_too_long, too_many_turns, and
-    those of `parse_dialogue`.
+    Reject codes: encoding, json, number, too_deep, too_long, text_too_long, too_many_turns, those
+    of `parse_dialogue`; and, with all that follows in the file, broken (compressed, and damaged
+    there), file_too_large and utf_16.
 
     Raises:
-        InputError: the file breaks off, is UTF-16, or a compressed one holds too much.
+        InputError: the file cannot be opened, or read on (UnreadableError).
     """
     # A file name need not be UTF-8, but a reject is.
     shown = "<stdin>" if name == STDIN else os.fsencode(name).decode("utf-8", "replace")
     with open_input(name) as stream:
         number, byte = start
-        compressed = not isinstance(stream, io.BufferedReader) or isinstance(
-            stream.raw, _ZstdReader
-        )
         try:
             _pass_over(stream, byte)
-        except _BROKEN as error:
-            raise _broken(shown, number, error) from error
+        except (EOFError, *_DAMAGES, OSError) as error:
+            raise UnreadableError(f"{shown}: cannot be read on: {error}: see to it") from error
         while True:
             try:
-                line = stream.readline(limits.line_bytes + 1)
-                size = len(line)
-                long = size > limits.line_bytes
-                if long:
-                    most = limits.file_bytes - byte if compressed else None
-                    size += 0 if line.endswith(b"\n") else _skip_line(stream, most)
-                    line = line[: 4 * _RAW]
-            except _BROKEN as error:
-                raise _broken(shown, number, error) from error
+                line, size = _read_line(stream, limits, byte)
+            except RecordError as error:
+                counts.lines += 1
+                counts.rejected += 1
+                yield Reject(Line(shown, number + 1, byte, byte), error.code, error.reason, "")
+                return
+            except OSError as error:
+                raise UnreadableError(
+                    f"{shown}, after line {number}: cannot be read on ({error.strerror}): see to it"
+                ) from error
             if not size:
                 return
             number += 1
             at = Line(shown, number, byte, byte + size)
             byte += size
-            if compressed and byte > limits.file_bytes:
-                raise LimitError(
-                    f"{shown}, line {number}: it decompresses to over {limits.file_bytes:,} bytes: "
-                    "if it is no bomb, give a higher --max-file-bytes"
-                )
-            if number == 1:
-                if line.startswith(_UTF_16):
-                    raise InputError(f"{shown}: UTF-16 text: convert it to UTF-8 (iconv -t UTF-8)")
-                line = line.removeprefix(_BOM)
             counts.lines += 1
-            if not long and not line.strip():
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if size <= limits.line_bytes and not line.strip():
                 counts.blank += 1
                 continue
             try:
-                if long:
+                if number == 1 and line.startswith(_UTF_16):
+                    raise RecordError("utf_16", "UTF-16 text: convert it (iconv -t UTF-8)")
+                if size > limits.line_bytes:
                     raise RecordError("too_long", f"the line has over {limits.line_bytes:,} bytes")
                 dialogue = _parse(line, limits)
             except RecordError as error:
                 counts.rejected += 1
                 raw = line[: 4 * _RAW].decode("utf-8", "replace").rstrip("\r\n")[:_RAW]
-                yield Reject(at, error.code, error.reason, raw)
+                reject = Reject(at, error.code, error.reason, raw)
+                yield reject
+                if reject.ends_file:
+                    return
             else:
                 counts.accepted += 1
                 yield Accepted(at, dialogue)
@@ -372,23 +379,46 @@ def _depth_exceeds(value: object, most: int) -> bool:
     return True
 
 
-_BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""What reading raises where a file breaks off."""
+_DAMAGES = (EOFError, zlib.error, zstandard.ZstdError)
+"""What reading raises where a compressed file is damaged."""
 
 
-def _broken(shown: str, number: int, error: Exception) -> InputError:
-    if "requires too much memory" in str(error):  # Zstandard's words
-        return InputError(f"{shown}: its window is over 128 MiB: compress it again without --long")
-    return InputError(
-        f"{shown}, after line {number}: the file is broken there ({error}): fetch or compress it "
-        "again"
-    )
+def _read_line(stream: BinaryIO, limits: Limits, byte: int) -> tuple[bytes, int]:
+    """The line that begins at `byte`, or the beginning of one that is too long, and its size.
+
+    Raises:
+        RecordError: nothing after here can be read.
+        OSError: the disk, or the network, gives no more.
+    """
+    most = limits.file_bytes - byte if _is_compressed(stream) else None
+    try:
+        line = stream.readline(limits.line_bytes + 1)
+        size = len(line)
+        if size > limits.line_bytes:
+            size += 0 if line.endswith(b"\n") else _skip_line(stream, most)
+            line = line[: 4 * _RAW]
+    except _DAMAGES as error:
+        reason = f"the file is broken from here on ({error}): fetch or compress it again"
+        if "requires too much memory" in str(error):  # Zstandard's words
+            reason = "the file's window is over 128 MiB: compress it again without --long"
+        raise RecordError("broken", reason) from error
+    if most is not None and size > most:
+        raise RecordError(
+            "file_too_large",
+            f"the file decompresses to over {limits.file_bytes:,} bytes: if it is no bomb, give a "
+            "higher --max-file-bytes",
+        )
+    return line, size
+
+
+def _is_compressed(stream: BinaryIO) -> bool:
+    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _Decompressed)
 
 
 def _pass_over(stream: BinaryIO, count: int) -> None:
     """Read so many bytes of a stream that has just been opened."""
     if count and stream.seekable():
-        stream.seek(count)  # compressed ones read on to there
+        stream.seek(count)
         return
     while count:
         piece = stream.read(min(count, 1 << 20))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +15,21 @@ import orjson
 from ercbatch.bundle import MANIFEST as BUNDLE_MANIFEST
 from ercbatch.checked import integer, mapping, number
 from ercbatch.dialogues import Dialogue
-from ercbatch.errors import ErcbatchError, InputError, LimitError, StoppedError, UsageError
+from ercbatch.errors import (
+    ErcbatchError,
+    InputError,
+    LimitError,
+    OutputError,
+    StoppedError,
+    UsageError,
+)
 from ercbatch.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.labeler import Labeler
-from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of
-from ercbatch.preflight import RunOptions, can_resume, check_files, check_output, check_rejects
+from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of, tell
+from ercbatch.preflight import RunOptions, can_resume, check_files, check_rejects, check_unasked
 from ercbatch.progress import Progress
 from ercbatch.records import STDIN, Accepted, Counts, Reject, read_records
 from ercbatch.stopping import Stopper
-from ercbatch.streams import printable
 
 _TIMED = 200
 """Utterances that a dry run labels to estimate the speed, about."""
@@ -61,11 +66,6 @@ class _Origin:
         at = self.item.at
         return Place(self.source, at.line - 1, at.byte, self.lines - 1, self.blank)
 
-    def after(self) -> Place:
-        """Where it ends."""
-        at = self.item.at
-        return Place(self.source, at.line, at.end, self.lines, self.blank)
-
 
 def run_label(
     labeler: Callable[[], Labeler], options: RunOptions, stop: Stopper | None = None
@@ -74,8 +74,10 @@ def run_label(
 
     Raises:
         UsageError: the output is in the way, or is an input; a run cannot be gone on with.
-        InputError: an input cannot be read on, or is beyond a limit (LimitError).
-        OutputError: the output is no longer what the run wrote.
+        InputError: an input cannot be read on (UnreadableError), was changed meanwhile, or has too
+            many bad lines (LimitError).
+        OutputError: the output is no longer what the run wrote, or cannot be written on and the
+            input not read again.
         StoppedError: the output cannot be written on.
     """
     stop = stop or Stopper()  # which nothing calls
@@ -100,13 +102,17 @@ def run_label(
                 f"{files.journal} is no journal, or its beginning was altered: move it (and "
                 f"{files.part}), or begin anew with --force"
             )
-        check_output(files, options, stopped=journal.identity is not None)
+        check_unasked(files, options, stopped=journal.identity is not None)
         try:
             return _label_to_files(labeler(), options, files, journal, stop)
         except OSError as error:
-            raise StoppedError(
-                f"{error.filename or files.part}: {error.strerror}: see to it, and go on"
-            ) from error
+            what = f"{error.filename or files.part}: {error.strerror}"
+            if not can_resume(options.inputs):
+                raise OutputError(
+                    f"{what}: stdin and pipes cannot be read again: see to it, and begin anew with "
+                    "--force"
+                ) from error
+            raise StoppedError(f"{what}: see to it, and go on") from error
 
 
 def _label_to_files(
@@ -141,7 +147,11 @@ def _label_to_files(
     finally:
         with stop.shield():
             output.stop()
-    inputs.check()
+    try:
+        inputs.check()
+    except InputError:
+        journal.begin(identity)  # else a run over what they were would go on from here
+        raise
     manifest = {
         **identity,
         "output": _output(files, output.sha256),
@@ -173,7 +183,6 @@ def _label(
             count = len(labeled.labels) if labeled else 0
             with stop.shield():
                 tally = Tally(
-                    place=origin.after(),
                     restart=restart.origin.before(),
                     replayed=restart.items,
                     trees=restart.trees,
@@ -187,7 +196,7 @@ def _label(
                 elif bad is not None:
                     output.reject(bad, tally)
                     _check_errors(tally.rejected, options.max_errors)
-            measure.update(count, tally)
+            measure.update(count, tally.rejected, origin)
     if counts.lines != tally.labelled + tally.rejected + counts.blank:
         raise ErcbatchError(
             f"of {counts.lines} lines {tally.labelled} are labelled, {tally.rejected} rejected and "
@@ -226,10 +235,9 @@ class _Measure(Progress):
         self._before = [sum(sizes[:source]) for source in range(len(options.inputs))]
         super().__init__(sum(sizes) if plain else None, quiet=options.quiet)
 
-    def update(self, utterances: int, tally: Tally) -> None:
-        """Count some utterances."""
-        done = self._before[tally.place.source] + tally.place.byte
-        self.count(utterances, tally.rejected, done)
+    def update(self, utterances: int, rejected: int, origin: _Origin) -> None:
+        """Count some utterances, up to the end of an item."""
+        self.count(utterances, rejected, self._before[origin.source] + origin.item.at.end)
 
 
 class _Inputs:
@@ -276,8 +284,6 @@ def _identity(
 ) -> dict[str, Any]:
     """What the bytes of an output depend on: a run that goes on has the same."""
     bundle = labeler.bundle
-    limits = asdict(options.limits)
-    del limits["file_bytes"]  # a file over it ends the run, which may go on with a higher one
     return {
         "journal": FORMAT,
         **labeler.releases(),
@@ -286,7 +292,7 @@ def _identity(
             "name": bundle.info.name,
             "sha256": hashlib.sha256((bundle.folder / BUNDLE_MANIFEST).read_bytes()).hexdigest(),
         },
-        "options": {**labeler.options(), **limits},
+        "options": {**labeler.options(), **asdict(options.limits)},
         "rejects": _shown(str(files.rejects)),
     }
 
@@ -366,19 +372,20 @@ def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
     if options.output is not None:
         files = Files.of(options.output, options.rejects)
         check_files(files, options)
-        check_output(files, options, stopped=files.journal.exists())
+        check_unasked(files, options, stopped=files.journal.exists())
     loaded = labeler()
     counts = Counts()
     utterances = 0
     sample: list[Dialogue] = []
+    sampled = 0
     for origin, dialogue in _items(options, counts, BEGINNING):
         if dialogue is not None:
             utterances += len(dialogue.utterances)
-            if sum(len(d.utterances) for d in sample) < _TIMED:
+            if sampled < _TIMED:
                 sample.append(dialogue)
-        elif options.rejects is None and isinstance(origin.item, Reject):
-            at = origin.item.at
-            print(f"{printable(at.file)}, line {at.line}: {origin.item.reason}", file=sys.stderr)
+                sampled += len(dialogue.utterances)
+        elif isinstance(origin.item, Reject):
+            tell(origin.item)
     began = time.monotonic()
     timed = sum(len(labeled.labels) for labeled in loaded.label(sample))
     seconds = (time.monotonic() - began) * utterances / max(1, timed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +22,8 @@ class Scorer(ABC):
     head: AnswerHead
     at_once: int = 1
     """How many packs it scores best at a time, each in a thread."""
+    placed: Mapping[str, str | int]
+    """Where a pack is computed, as far as its numbers depend on it: threads, and a GPU."""
 
     @abstractmethod
     def logits(self, pack: Pack) -> FloatArray:

@@ -17,7 +17,14 @@ from typing import NoReturn
 
 import click
 
-from ercbatch.errors import ErcbatchError, InputError, LimitError, OutputError, UsageError
+from ercbatch.errors import (
+    ErcbatchError,
+    InputError,
+    LimitError,
+    OutputError,
+    UnreadableError,
+    UsageError,
+)
 from ercbatch.streams import printable
 
 STOPPED = 75
@@ -154,11 +161,13 @@ def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
         begun = output is not None and output.with_name(output.name + JOURNAL).exists()
         again = begun and can_resume(inputs)
         # An input that is broken, or was changed, must become another one first.
-        begun = begun and (isinstance(error, LimitError) or not isinstance(error, InputError))
+        same = not isinstance(error, InputError) or isinstance(error, LimitError | UnreadableError)
+        begun = begun and same
         if isinstance(error, _Stopped):
             click.echo(f"ercbatch: {error}", err=True)
         if begun and again:
-            click.echo(f"ercbatch: to go on: {_resuming(sys.argv)}", err=True)
+            higher = ", with a higher --max-errors" if isinstance(error, LimitError) else ""
+            click.echo(f"ercbatch: to go on{higher}: {_resuming(sys.argv)}", err=True)
         elif begun:
             click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
         if isinstance(error, _Stopped):

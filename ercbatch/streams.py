@@ -19,8 +19,8 @@ def printable(text: str) -> str:
 
 
 def steady_streams() -> None:
-    """See that no file takes the number of a stream that is closed, that a reader of stderr who
-    leaves stops no run, and that a character which stdout cannot show is no error."""
+    """See that no file takes the number of a stream that is closed, that nothing that happens
+    to stderr stops a run, and that a character which stdout cannot show is no error."""
     for number, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -38,11 +38,11 @@ def steady_streams() -> None:
 
 
 class _Patient(io.FileIO):
-    """Whoever read it may leave."""
+    """Whoever read it may leave, or the disk be full: words are lost, and no work."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)

@@ -7,11 +7,14 @@ neither merge with the template's tokens nor turn into one of the tokenizer's sp
 
 from __future__ import annotations
 
+import base64
+import math
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import orjson
 from tokenizers import Tokenizer
@@ -29,6 +32,7 @@ _LONGEST_STRING = 4096
 """Characters of a token or a pattern: the library compiles longer ones too, but for minutes."""
 _MOST_GROWTH = 64
 """Characters that its normalizers may put in the place of one."""
+_MOST_STEPS = 64
 _CHARACTER_MAP = "precompiled_charsmap"
 """SentencePiece's normalization table, the one string that is long: hundreds of thousands."""
 
@@ -106,29 +110,48 @@ def check_tokenizer(path: Path) -> bytes:
     with foreign_errors(BundleError, f"{path}: not a tokenizer", "get it again"):
         value = orjson.loads(data)
         longest = _longest_string(value)
-        growth = _growth((value.get("normalizer"), value.get("pre_tokenizer")))
+        steps = list(_steps((value.get("normalizer"), value.get("pre_tokenizer"))))
+        growth = math.prod(map(_growth, steps[:_MOST_STEPS]))
     if longest > _LONGEST_STRING:
         raise BundleError(
             f"{path}: a string in it is over {_LONGEST_STRING:,} characters long: do not use it"
         )
-    if growth > _MOST_GROWTH:
-        raise BundleError(f"{path}: it makes {growth:,} characters of one: do not use it")
+    if growth > _MOST_GROWTH or len(steps) > _MOST_STEPS:
+        raise BundleError(
+            f"{path}: it makes up to {growth:,} characters of one, in {len(steps)} steps: do not "
+            "use it"
+        )
     return data
 
 
-def _growth(value: object) -> int:
-    """How many characters the replacements in a value make of one, if each applies to all of what
-    the ones before it made."""
-    growth, waiting = 1, [value]
+def _steps(value: object) -> Iterator[Mapping[str, Any]]:
+    """The objects anywhere in a JSON value that have a type."""
+    waiting = [value]
     while waiting:
         inner = waiting.pop()
         if isinstance(inner, dict):
-            content = inner.get("content") if inner.get("type") == "Replace" else None
-            growth *= max(1, len(content)) if isinstance(content, str) else 1
+            if "type" in inner:
+                yield inner
             waiting += inner.values()
         elif isinstance(inner, list | tuple):
             waiting += inner
-    return growth
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    """How many characters a step of a tokenizer makes of one."""
+    match step.get("type"):
+        case "Replace":
+            return max(1, len(step.get("content") or ""))
+        case "Prepend":
+            return 1 + len(step.get("prepend") or "")
+        case "ByteLevel":  # its own letters are two bytes each
+            return 2
+        case "Precompiled":
+            table = base64.b64decode(step.get(_CHARACTER_MAP) or "")
+            # The size of a trie, the trie, and what it points to: texts that end with NUL.
+            texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+            return max(1, *(len(text.decode("utf-8", "replace")) for text in texts))
+    return 1
 
 
 def _longest_string(value: object) -> int:

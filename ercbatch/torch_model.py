@@ -53,14 +53,14 @@ def check_model_folder(folder: Path) -> None:
     """See that nothing in a stranger's model folder leads out of it.
 
     Raises:
-        UsageError: a link, a shard or a tokenizer's file does, or its tokenizer is one that
-            `check_tokenizer` refuses.
+        UsageError: a link, a shard or a tokenizer's file does.
+        BundleError: its tokenizer is one that `check_tokenizer` refuses.
     """
     home = folder.resolve()
     # A hub's cache keeps the files of all snapshots in one place, with links to them.
     home = next((p for p in home.parents if p.name.startswith("models--")), home)
     for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+        if path.is_symlink() and not _within(path, home):
             raise UsageError(f"{path}: a link that leads out of its folder: refused")
         if not (path.is_file() or path.is_dir()):
             raise UsageError(f"{path}: no file: refused")
@@ -77,6 +77,13 @@ def check_model_folder(folder: Path) -> None:
                 raise UsageError(f"{settings}: {key} is {value!a}, no file of its folder: refused")
     if (folder / "tokenizer.json").exists():
         check_tokenizer(folder / "tokenizer.json")
+
+
+def _within(link: Path, home: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):  # it leads in a circle
+        return False
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -100,7 +107,8 @@ def refuse_code(place: str, config: Mapping[str, Any]) -> None:
     """
     for key, value in config.items():
         for part, most in _BOUNDS:
-            if part in key and isinstance(value, int) and value > most:
+            counts = part in key and not key.endswith("_size")  # one is the width of an expert
+            if counts and isinstance(value, int) and value > most:
                 raise UsageError(f"{place} asks for {key} = {value}: refused")
         # `auto_map` names code to import, `attn_implementation` a kernel to fetch and run
         # (CVE-2026-4372), in the configuration of a part too. Neither has a place in a file of

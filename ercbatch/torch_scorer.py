@@ -24,6 +24,13 @@ class TorchScorer(StateScorer):
 
     def __init__(self, model: PackedModel, rows: Sequence[int] | AnswerHead) -> None:
         self._model = model
+        device = next(model.parameters()).device
+        cuda = device.type == "cuda"
+        self.placed = (
+            {"device": torch.cuda.get_device_name(device)}
+            if cuda
+            else {"pack_threads": torch.get_num_threads()}
+        )
         self.head = rows if isinstance(rows, AnswerHead) else model.answer_head(rows)
 
     def describe(self) -> str:

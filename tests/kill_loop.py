@@ -2,10 +2,10 @@
 
     python -m tests.kill_loop 1000
 
-Each run labels the same lines, some of them bad and some blank, in files of several kinds. It is
-killed by SIGKILL after a random time and started again with --resume until it ends by itself; then
-its output, its rejects and its counts must be those of the run that nobody disturbed. It ends when
-there were so many kills; the last line says what it came to, as JSON.
+Each run labels the same lines, some of them bad and some blank, in files of several kinds, one of
+them damaged. It is killed by SIGKILL after a random time and started again with --resume until it
+ends by itself; then its output, its rejects and its counts must be those of the run that nobody
+disturbed. It ends when there were so many kills; the last line says what it came to, as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,13 +52,22 @@ def lines(count: int, draw: random.Random) -> list[bytes]:
     return found
 
 
+def damaged(data: bytes) -> bytes:
+    """Gzip whose second half begins with a block that is none."""
+    packer = zlib.compressobj(wbits=31)
+    half = len(data) // 2
+    first = packer.compress(data[:half]) + packer.flush(zlib.Z_FULL_FLUSH)
+    return first + b"\xff" * 8 + packer.compress(data[half:]) + packer.flush()
+
+
 def write_inputs(folder: Path, count: int, draw: random.Random) -> list[Path]:
-    """Three files of lines: plain, gzip and Zstandard."""
+    """Four files of lines: plain, gzip, one that is damaged, and Zstandard."""
     folder.mkdir(parents=True)
     paths = []
     for name, pack in (
         ("a.jsonl", bytes),
         ("b.jsonl.gz", gzip.compress),
+        ("damaged.jsonl.gz", damaged),
         ("c.jsonl.zst", zstandard.compress),
     ):
         paths.append(folder / name)
@@ -171,7 +181,6 @@ def kill_loop(folder: Path, kills: int, seed: int, count: int, bundle: str) -> d
         "kills": killed,
         "runs": len(done),
         "most_kills_of_a_run": max(run.kills for run in done),
-        "different": 0,
         "lines": sum(result["counts"]["lines"] for _, result in expected.values()),  # type: ignore[index]
     }
 
@@ -181,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.kill_loop")
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lines", type=int, default=150, help="of each of three files")
+    parser.add_argument("--lines", type=int, default=150, help="of each of four files")
     parser.add_argument("--bundle", default="mini")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ercbatch-kills-"))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 
 from ercbatch import cli
@@ -243,3 +244,15 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         list(convert("iemocap", tmp_path))
     with pytest.raises(UsageError, match="choose from meld, emorynlp, iemocap"):
         convert("friends", tmp_path)
+
+
+def test_convert_writes_over_nothing_that_it_reads(tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "meld.csv", MELD)
+    done = conftest.cli("convert", "meld", source, "-o", source, "--force")
+    assert done.returncode == 2
+    assert "is read: choose another" in done.stderr
+    part = write(tmp_path / "out.jsonl.part", "of a run")
+    done = conftest.cli("convert", "meld", source, "-o", tmp_path / "out.jsonl", "--force")
+    assert done.returncode == 2
+    assert "out.jsonl.part exists" in done.stderr
+    assert (source.read_bytes(), part.read_text()) == (MELD, "of a run")

@@ -25,7 +25,7 @@ CALLS = {
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGTERM}
 """Before any of those calls."""
 
-LAST_CALLS = 14
+LAST_CALLS = 13
 """What puts a whole output into its place."""
 
 
@@ -33,7 +33,7 @@ LAST_CALLS = 14
 def test_whatever_call_fails_the_run_can_go_on(
     bundle_folder: Path, tmp_path: Path, faults: Path, call: str
 ) -> None:
-    """The first of the calls fails, then the second, and so on, in a run each; or a signal comes."""
+    """The first of the calls fails, then the second, and so on; or a signal comes there."""
     inputs = write_inputs(tmp_path / "in", 12, random.Random(2))
     calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))
     calm.finish()
@@ -61,7 +61,7 @@ def test_whatever_call_fails_the_run_can_go_on(
             assert made < number or (call == "stopped" and number > made - LAST_CALLS), made
         else:
             assert code == (-signal.SIGKILL if call == "killed" else 75) or (
-                code == 2 and number == 1  # the journal cannot be made
+                code == 2 and call == "open"  # journal, rejects or output cannot be opened
             ), said
             assert "Traceback" not in said
             run.finish()
@@ -73,3 +73,31 @@ def test_whatever_call_fails_the_run_can_go_on(
     assert count >= 1
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fails_and_goes_on, range(1, count + 1)))
+
+
+def test_a_disk_that_gives_no_more_is_no_bad_line(
+    bundle_folder: Path, tmp_path: Path, faults: Path
+) -> None:
+    """The first look at the inputs reads them for their digests."""
+    inputs = write_inputs(tmp_path / "in", 400, random.Random(2))
+    calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))
+    calm.finish()
+    went_on = 0
+    for number in (1, 14, 16, 20, 30):
+        run = Run(inputs, tmp_path / f"run{number}", calm.options)
+        with run.start(
+            LD_PRELOAD=str(faults),
+            FAULT_FOLDER=str(tmp_path / "in"),
+            FAULT_CALL="read",
+            FAULT_NTH=str(number),
+            FAULT_ERRNO=str(errno.EIO),
+        ) as process:
+            assert process.stderr is not None
+            said = process.stderr.read().decode()
+        assert process.returncode == 4, said
+        assert "cannot be read" in said
+        assert "Traceback" not in said
+        went_on += "to go on: " in said
+        run.finish()
+        assert run.result() == calm.result()
+    assert went_on >= 3

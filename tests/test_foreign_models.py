@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import UNTRAINED, export_bundle, python, write_recipe
+from conftest import UNTRAINED, export_bundle, python, write_gguf, write_model, write_recipe
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.errors import UsageError
-from ercbatch.torch_model import load_causal_lm
+from ercbatch.torch_model import load_causal_lm, refuse_code
 from export.__main__ import main
 from train.run import load_run
 
@@ -86,6 +86,34 @@ def test_a_base_that_leads_out_of_its_folder_is_refused(
     away(base, change)
     with pytest.raises(UsageError, match=r"refused|merge the adapter into its base"):
         load_causal_lm(str(base))
+
+
+def test_a_link_that_leads_in_a_circle_is_refused(bert: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    (base / "chat_template.jinja").symlink_to("chat_template.jinja")
+    with pytest.raises(UsageError, match="leads out of its folder"):
+        load_causal_lm(str(base))
+
+
+def test_what_stands_beside_a_gguf_file_is_not_read(bert: Path, tmp_path: Path) -> None:
+    """An adapter's configuration would lead on to another model, a tokenizer's to code."""
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    path = write_gguf(folder / "model.gguf", write_model(tmp_path / "llama", "llama"))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(bert), "r": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    code = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(code))
+    done = python("-m", "train", "base", path, "-o", tmp_path / "base")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_width_of_an_expert_is_no_number_of_experts() -> None:
+    refuse_code("here", {"shared_expert_intermediate_size": 20_480})
+    with pytest.raises(UsageError, match="asks for num_experts"):
+        refuse_code("here", {"num_experts": 20_480})
 
 
 def test_links_within_a_hubs_cache_are_followed(bert: Path, tmp_path: Path) -> None:

@@ -111,8 +111,41 @@ def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:
     assert [r["code"] for r in found] == ["too_many_turns", "text_too_long", "too_long"]
     assert "over 2 turns" in found[0]["reason"]
     bomb = cli(*asked, "--max-file-bytes", "300", "-o", tmp_path / "bomb.jsonl")
-    assert bomb.returncode == 4
+    assert bomb.returncode == 3
     assert "over 300 bytes" in bomb.stderr
+    (found,) = records((tmp_path / "bomb.jsonl.rejects.jsonl").read_bytes())
+    assert (found["line"], found["code"]) == (3, "file_too_large")
+
+
+def test_a_broken_file_is_one_reject_and_the_others_are_labelled(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    packed = gzip.compress(
+        b"".join(b'{"id": %d, "utterances": [{"text": "oh"}]}\n' % n for n in range(3000))
+    )
+    files = {
+        "a.jsonl": GOOD.decode().encode("utf-16"),
+        "b.jsonl.gz": packed[: len(packed) // 2],
+        "c.jsonl.gz": packed[:-8] + bytes(4) + packed[-4:],  # another checksum
+        "d.jsonl": GOOD,
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    done = cli("label", tmp_path, "--bundle", bundle_folder, "--quiet", "-o", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    rejects = records((tmp_path / "out.rejects.jsonl").read_bytes())
+    assert [r["code"] for r in rejects] == ["utf_16", "broken", "broken"]
+    broke = rejects[1]["line"], rejects[2]["line"]
+    assert 1000 < broke[0] < broke[1] <= 3001
+    assert [line.count(": ") >= 2 for line in done.stderr.splitlines()] == [True] * 3
+    assert (
+        f"c.jsonl.gz, line {broke[1]}: the file is broken from here on (Error -3 while"
+        in done.stderr
+    )
+    labelled = records((tmp_path / "out").read_bytes())
+    assert len(labelled) == broke[0] - 1 + broke[1] - 1 + 1
+    counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]
+    assert counts["lines"] == len(labelled) + 3
 
 
 def test_max_errors_gives_up(bundle_folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_results_come_in_order(threads: int) -> None:
     assert list(in_order(act, [], threads)) == []
 
 
+def test_the_thread_that_handles_signals_computes_nothing() -> None:
+    def act(_: int) -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    assert list(in_order(act, range(3), 1)) == [False] * 3
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_comes_in_its_place(threads: int) -> None:
     def act(number: int) -> int:

@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kill_loop import damaged
 
 from ercbatch.errors import InputError, UsageError
 from ercbatch.records import (
@@ -169,11 +170,36 @@ def test_a_line_over_the_limit_is_skipped_without_being_held(tmp_path: Path) -> 
     path.unlink()  # pytest keeps its folders for three runs
 
 
+def test_a_first_line_of_a_byte_order_mark_alone_is_blank(tmp_path: Path) -> None:
+    items, counts = read(write(tmp_path, b"\xef\xbb\xbf\n" + GOOD))
+    assert (len(items), counts.blank) == (1, 1)
+
+
+def test_a_damaged_file_breaks_at_the_same_line_from_wherever_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, damaged(lines(4000)))
+    items, _ = read(path)
+    assert isinstance(items[-1], Reject)
+    assert items[-1].code == "broken"
+    assert 1000 < len(items) < 2001
+    for start in (1, 200, 700, len(items) - 1):
+        at = items[start].at
+        again = list(read_records(str(path), Counts(), start=(at.line - 1, at.byte)))
+        assert again == items[start:]
+
+
+def test_zeros_after_a_gzip_member_are_nothing(tmp_path: Path) -> None:
+    items, _ = read(write(tmp_path, gzip.compress(lines(5)) + bytes(50_000)))
+    assert len(items) == 5
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
-    path = write(tmp_path, (GOOD.decode() + "\n").encode(encoding))
-    with pytest.raises(InputError, match=r"in\.jsonl: UTF-16 text: convert it"):
-        read(path)
+def test_a_file_in_utf_16_is_one_reject(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path, (GOOD.decode() + "\n").encode(encoding) * 3)
+    (reject,), counts = read(path)
+    assert isinstance(reject, Reject)
+    assert (reject.code, reject.at.line, reject.at.byte) == ("utf_16", 1, 0)
+    assert "convert it" in reject.reason
+    assert counts == Counts(lines=1, rejected=1)
 
 
 def lines(count: int) -> bytes:
@@ -196,17 +222,22 @@ def test_compressed_files_are_known_by_their_first_bytes(tmp_path: Path, pack: o
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_a_cut_compressed_file_is_an_error_where_it_breaks(
+def test_the_lines_before_the_cut_of_a_compressed_file_are_read(
     tmp_path: Path, pack: object, share: float
 ) -> None:
     # zstandard's own stream reader takes the cut for the end: the run would seem to succeed.
     assert callable(pack)
     data: bytes = pack(lines(3000))
     path = write(tmp_path, data[: max(5, int(share * len(data)))])
-    counts = Counts()
-    with pytest.raises(InputError, match=r"in\.jsonl, after line \d+: .* fetch or compress it"):
-        list(read_records(str(path), counts))
-    assert counts.rejected == 0
+    items, counts = read(path)
+    *good, broken = items
+    assert all(isinstance(item, Accepted) for item in good)
+    assert isinstance(broken, Reject)
+    assert broken.code == "broken"
+    assert "fetch or compress it again" in broken.reason
+    assert broken.at.line == counts.lines == len(good) + 1
+    assert broken.at.byte == broken.at.end == (good[-1].at.end if good else 0)
+    assert len(good) >= 2900 * (share - 0.2)  # what is lost is at most the last block
 
 
 def test_a_zstandard_bomb_stays_small(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,13 +210,35 @@ def test_a_tokenizer_that_takes_minutes_to_compile_is_refused(copy: Path, place:
         labels_a_word(open_bundle(copy))
 
 
-def test_a_tokenizer_that_makes_a_million_characters_of_one_is_refused(copy: Path) -> None:
+CHARACTERS = b"\4\0\0\0" + bytes(4) + b"a" * 1_000_000 + b"\0"
+"""A table of SentencePiece: a trie of one cell, and a text."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (
+            [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 3,
+            "up to 1,000,000 characters of one",
+        ),
+        ([{"type": "Prepend", "prepend": "a" * 4000}] * 2, "up to 16,008,001 characters of one"),
+        ([{"type": "ByteLevel"}] * 30, "up to 1,073,741,824 characters of one"),
+        (
+            [{"type": "Precompiled", "precompiled_charsmap": b64encode(CHARACTERS).decode()}],
+            "up to 1,000,000 characters of one",
+        ),
+        ([{"type": "Lowercase"}] * 100_000, "in 100001 steps"),
+    ],
+)
+def test_a_tokenizer_that_makes_a_million_characters_of_one_is_refused(
+    copy: Path, steps: list[dict[str, Any]], words: str
+) -> None:
     tokenizer = json.loads((copy / files.TOKENIZER).read_text())
-    more = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
-    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [more] * 3}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    tokenizer["pre_tokenizer"] = None
     (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
-    with pytest.raises(BundleError, match="it makes 1,000,000 characters of one"):
+    with pytest.raises(BundleError, match=words):
         labels_a_word(open_bundle(copy))
 
 

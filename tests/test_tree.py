@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,10 +190,14 @@ def test_an_impact_question_needs_a_turn_before_it(tokenizer: SegmentTokenizer) 
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=80))
+@given(
+    text=st.text(max_size=80)
+    | st.lists(st.sampled_from(["Speaker", "_", "1", ":", " ", "<", "##", "\t", "a"])).map("".join)
+)
 def test_clean_leaves_no_delimiter(text: str) -> None:
     cleaned = clean(text)
     assert "###" not in cleaned
+    assert not re.search(r"speaker[_ ]?\d+\s*:", cleaned, re.IGNORECASE)
     assert not set("\n\r\t\x00\u202e\u200b") & set(cleaned)
     assert clean(cleaned) == cleaned
 

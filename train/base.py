@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 from transformers.utils import logging
 
 from ercbatch.bundle import CONFIG
-from ercbatch.errors import InputError
+from ercbatch.errors import InputError, foreign_errors
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config, save_tokenizer
 
@@ -90,13 +91,15 @@ def _write_gguf(source: Path, folder: Path) -> None:
     settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # from transformers 5 on weights stay packed without it
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, **settings
+    with (
+        TemporaryDirectory() as alone,  # what else is in its folder would be read as well
+        foreign_errors(InputError, f"{source}: cannot be read as GGUF", "get it again"),
+    ):
+        (Path(alone) / "model.gguf").symlink_to(source.resolve())
+        model = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", **settings)
+        tokenizer = AutoTokenizer.from_pretrained(
+            alone, gguf_file="model.gguf", trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: cannot be read as GGUF: {error}") from error
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # it refuses to save
     model.save_pretrained(folder)

@@ -1,12 +1,12 @@
 /* Lets the n-th system call of a kind fail, or kills the process there: for LD_PRELOAD.
  *
  * FAULT_FOLDER  only calls on files in it, and on itself, count
- * FAULT_CALL    open, write, fsync, rename, ftruncate, unlink, or any
+ * FAULT_CALL    open, read, write, fsync, rename, ftruncate, unlink, or any
  * FAULT_NTH     which of them, from 1; 0: none
  * FAULT_ERRNO   what it fails with
  * FAULT_SIGNAL  the signal that comes just before it, and it succeeds, in the place of failing
  * FAULT_COUNT   a file for the number of calls, written when the process ends
- * FAULT_SLOW    seconds that it takes, and then succeeds, in the place of failing
+ * FAULT_SLOW    seconds that it takes; without FAULT_ERRNO it succeeds then
  * FAULT_CLOCK   seconds by which the time of day jumps with every second look at it
  */
 #define _GNU_SOURCE
@@ -53,7 +53,7 @@ static int fails(const char *call, int here) {
     if (__sync_add_and_fetch(&counted, 1) != number("FAULT_NTH")) return 0;
     if (number("FAULT_SLOW")) {
         sleep((unsigned)number("FAULT_SLOW"));
-        return 0;
+        if (!number("FAULT_ERRNO")) return 0;
     }
     if (number("FAULT_SIGNAL")) {
         kill(getpid(), (int)number("FAULT_SIGNAL"));
@@ -80,6 +80,11 @@ static int opened(const char *path, int flags, mode_t mode) {
     }
 OPEN(open)
 OPEN(open64)
+
+ssize_t read(int file, void *data, size_t size) {
+    if (fails("read", open_within(file))) return -1;
+    return REAL(read)(file, data, size);
+}
 
 ssize_t write(int file, const void *data, size_t size) {
     if (fails("write", open_within(file))) return -1;
