@@ -151,7 +151,7 @@ def write_page(results: Path, page: Path) -> None:
         "",
         "Written by `python -m benchmarks.performance` from the figures in "
         f"`{plots.name}/*.json`: change nothing here by hand. `bash benchmarks/performance.sh WORK`"
-        " measures all of it again.",
+        " measures one table of each kind again; the other commands stand beside theirs.",
         "",
         *_machine(machine),
     ]

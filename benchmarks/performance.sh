@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All figures of the performance page, one benchmark after another, and the page.
+# One table of each kind on the performance page, one benchmark after another, and a page of them.
 #
 #   bash benchmarks/performance.sh WORK [DIALOGUES]
 #

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,28 @@ from ercbatch.packs import Pack
 from ercbatch.scoring import StateScorer
 
 
-def available_threads() -> int:
-    """The processors that this process may use: its affinity, and the cgroup's quota."""
+def available_threads(
+    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int:
+    """The processors that this process may use: its affinity, and the quotas of its cgroups (v2).
+
+    `own` says which of `cgroups` the process is in.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = count or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            threads = min(threads, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    group = ""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            if line.startswith("0::"):
+                group = line.removeprefix("0::").strip("/")
+    inner = cgroups / group
+    for folder in (inner, *inner.parents):
+        if not folder.is_relative_to(cgroups):
+            break
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                threads = min(threads, max(1, int(quota) // int(period)))
     return threads
 
 

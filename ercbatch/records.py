@@ -331,7 +331,8 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
     """
     for item in read_records(str(path), Counts()):
         if isinstance(item, Reject):
-            raise InputError(f"{path}, line {item.at.line}: {item.reason}: mend or remove the line")
+            mend = "" if item.ends_file else ": mend or remove the line"  # its reason says how
+            raise InputError(f"{path}, line {item.at.line}: {item.reason}{mend}")
         yield item.at.line, item.dialogue
 
 
@@ -353,7 +354,7 @@ def _parse(line: bytes, limits: Limits) -> Dialogue:
         raise RecordError("json", f"not JSON: {error}") from error
     if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth_exceeds(value, _DEEPEST):
         raise RecordError("too_deep", f"values nested over {_DEEPEST} levels")
-    if _LONG_NUMBER.search(line):
+    if _LONG_NUMBER.search(line) and _has_large_float(value):
         json.loads(line, parse_int=_check_integer)
     dialogue = replace(parse_dialogue(value), size=len(line))
     if len(dialogue.utterances) > limits.turns:
@@ -435,6 +436,18 @@ def _skip_line(stream: BinaryIO, most: int | None) -> int:
         if piece.endswith(b"\n") or (most is not None and skipped > most):
             break
     return skipped
+
+
+def _has_large_float(value: object) -> bool:
+    """Whether a float in a JSON value may stand for an integer beyond 64 bits."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, float) and abs(inner) >= 1 << 63:
+            return True
+        if isinstance(inner, dict | list):
+            waiting += inner.values() if isinstance(inner, dict) else inner
+    return False
 
 
 def _check_integer(digits: str) -> int:

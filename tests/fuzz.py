@@ -20,7 +20,6 @@ import json
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from ercbatch.output import Files
 from ercbatch.preflight import RunOptions
 from ercbatch.prompts import clean, template
 from ercbatch.records import Counts, Limits, Reject, dump_record, read_records
-from ercbatch.run import RunSummary, run_label
+from ercbatch.run import run_label
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Question, Renderer, Task, Window
 
@@ -127,20 +126,24 @@ def records(seconds: float, draw: random.Random) -> int:
         lines = [altered(good, draw) for _ in range(draw.randrange(1, 8))]
         data = draw.choice((b"\n", b"\r\n", b"\n\n")).join(lines)
         pack: Callable[[bytes], bytes] = draw.choice((bytes, gzip.compress, zstandard.compress))
-        packed = pack(data)
+        whole = packed = pack(data)
         if draw.random() < 0.3:
             packed = altered(packed, draw)
         path.write_bytes(packed)
         counts = Counts()
         rejected = accepted = 0
+        ended = False
         for item in read_records(str(path), counts, limits):
             if isinstance(item, Reject):
                 rejected += 1
+                ended = item.ends_file
                 dump_record(item.to_record())
             else:
                 accepted += 1
                 dump_record(item.dialogue.record)
         assert counts.lines == rejected + accepted + counts.blank
+        if packed == whole and not ended:
+            assert counts.lines == data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
     return number
 
 
@@ -198,21 +201,18 @@ def manifest(seconds: float, draw: random.Random) -> int:
     source.write_bytes(b'{"utterances": [{"text": "it is gone"}]}\n')
     labeler = Labeler("mini", threads=1)
     options = RunOptions((str(source),), folder / "out.jsonl", quiet=True, resume=True)
-    expected = run_label(lambda: labeler, options)
+    run_label(lambda: labeler, options)
     path = Files.of(folder / "out.jsonl", None).manifest
     data = path.read_bytes()
     number = 0
-    outcomes: Counter[str] = Counter()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         number += 1
         path.write_bytes(altered(data, draw))
         try:
-            found = run_label(lambda: labeler, options)
-            assert isinstance(found, RunSummary)
-            outcomes["read" if found == expected else "other counts"] += 1
+            run_label(lambda: labeler, options)
         except UsageError:
-            outcomes["refused"] += 1
+            continue
     return number
 
 

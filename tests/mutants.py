@@ -32,7 +32,7 @@ import onnx
 
 from ercbatch import bundle as files
 from ercbatch.bundle import find_bundle, open_bundle
-from ercbatch.errors import BundleError, ErcbatchError
+from ercbatch.errors import ErcbatchError
 from ercbatch.labeler import labels_a_word
 
 _MEMORY = 4 << 30
@@ -229,9 +229,6 @@ def _open(folder: Path, log: Path) -> None:
     signal.alarm(_SECONDS)
     try:
         labels_a_word(open_bundle(folder))
-    except BundleError as error:
-        print(error)
-        os._exit(BundleError.exit_code)
     except ErcbatchError as error:
         print(error)
         os._exit(error.exit_code)

@@ -12,11 +12,12 @@ if [[ -d $bundle ]]; then bundle=$(realpath "$bundle"); fi
 cd "$root"
 python -m tests.kill_loop 1000
 python -m tests.mutants 10000 --bundle "$bundle"
-python -m tests.fuzz utterances 100000
+python -m tests.fuzz utterances 300000
 for kind in records journal manifest; do python -m tests.fuzz "$kind" 1800; done
 work=$(mktemp -d)
 python -m benchmarks.soak "$work" --dialogues 1000000 --bundle "$bundle" --kills 20
 rm -r "$work"
 python -m benchmarks.persuasion "$dialogues"
 python -m benchmarks.neighbours "$dialogues" --demos 0
-python -m benchmarks.neighbours "$dialogues" --demos 2
+python -m benchmarks.neighbours "$dialogues" --demos 2 --trials 60
+python -m benchmarks.neighbours "$dialogues" --demos 0 --pack-tokens 2048

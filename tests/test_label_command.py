@@ -18,6 +18,9 @@ from conftest import EXAMPLES, ROOT, cli, describe
 from test_records import BAD
 
 from ercbatch import Labeler
+from ercbatch import cli as command
+from ercbatch.bundle import MOST_DEMONSTRATIONS
+from ercbatch.records import DEFAULT_LIMITS, Limits
 
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
 
@@ -95,6 +98,16 @@ def test_every_kind_of_bad_line_is_told_where_it_stands(
     assert len(records(out.read_bytes())) == len(bad) + 1
     counts = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["counts"]
     assert counts["lines"] == 2 * len(bad) + 1 == counts["labelled"] + counts["rejected"]
+
+
+def test_the_command_line_has_the_limits_of_what_it_runs() -> None:
+    # It may not import that before it runs, so it names them itself.
+    defaults = {option.name: option.default for option in command.label.params}
+    names = ("max_line_bytes", "max_turns", "max_characters", "max_file_bytes")
+    assert Limits(*(defaults[name] for name in names)) == DEFAULT_LIMITS
+    for subcommand in (command.label, command.bank.commands["build"]):
+        (demos,) = (option.type for option in subcommand.params if option.name == "demos")
+        assert demos.max == MOST_DEMONSTRATIONS
 
 
 def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:

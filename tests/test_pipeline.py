@@ -14,6 +14,7 @@ from conftest import CHAT
 
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import in_order
 from ercbatch.records import read_dialogues
 
@@ -26,6 +27,17 @@ def test_results_come_in_order(threads: int) -> None:
 
     assert list(in_order(act, range(40), threads)) == [n * n for n in range(40)]
     assert list(in_order(act, [], threads)) == []
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("max", "max"), ("50000", "max"), ("max", "50000")])
+def test_threads_are_those_of_the_cgroups(tmp_path: Path, outer: str, inner: str) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "own").write_text("12:cpu:/old\n0::/a/b\n")
+    (tmp_path / "a" / "cpu.max").write_text(f"{outer} 50000\n")
+    (tmp_path / "a" / "b" / "cpu.max").write_text(f"{inner} 50000\n")
+    free = available_threads(tmp_path / "none", tmp_path / "none")
+    expected = free if outer == inner else 1
+    assert available_threads(tmp_path, tmp_path / "own") == expected
 
 
 def test_the_thread_that_handles_signals_computes_nothing() -> None:
