@@ -118,7 +118,12 @@ def main() -> None:
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped, if there is one.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Processor threads.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processor threads; some runs go on with as many only.",
+)
 @click.option(
     "--runtime",
     type=click.Choice(["auto", "onnx", "bnb"]),
@@ -234,11 +239,11 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
         from ercbatch.records import dump_record
 
         part = output.with_name(output.name + ".part")
-        if part.exists() or (output.exists() and not force):
-            found = part if part.exists() else output
-            raise UsageError(f"{found} exists: choose another --output, or give --force")
-        if output.exists() and any(p.samefile(output) for p in (source, *source.rglob("*"))):
-            raise UsageError(f"{output} is read: choose another --output")
+        for path in (part, output):
+            if path.exists() and not force:
+                raise UsageError(f"{path} exists: choose another --output, or give --force")
+            if path.exists() and path.samefile(source):
+                raise UsageError(f"{path} is read: choose another --output")
         dialogues = utterances = unlabelled = 0
         try:
             with part.open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -25,8 +26,8 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Renderer
 
 T = TypeVar("T")
-_PACKAGES = ("numpy", "orjson", "tokenizers")
-"""What every output goes through."""
+_PACKAGES = ("numpy", "orjson", "tokenizers", "zstandard")
+"""What inputs and outputs go through, whatever the bundle."""
 
 
 class Labeler:
@@ -130,7 +131,11 @@ class Labeler:
         if self.engine.retriever is not None:
             packages |= {"hnswlib", "onnxruntime"}
         installed = {name: version(name) for name in ("ercbatch", *sorted(packages))}
-        return {**installed, "unicode": unicodedata.unidata_version}
+        return {
+            **installed,
+            "unicode": unicodedata.unidata_version,
+            "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        }
 
     def describe(self) -> str:
         """Which model labels, and what runs it."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 from rich.console import Console
 
 from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
 from ercbatch.errors import OutputError
 from ercbatch.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
-from ercbatch.records import MANIFEST, REJECTS, Reject, dump_record
+from ercbatch.records import MANIFEST, REJECTS, Reject, dump_record, shown
 from ercbatch.streams import printable
 from ercbatch.transcript import print_dialogue
 
@@ -61,8 +62,11 @@ class Files:
 
     def left(self) -> tuple[Path, ...]:
         """What a run has left here: no input, though it be in an input folder."""
-        with suppress(OSError):  # a name that is too long, say
-            if self.journal.exists() or self.manifest.exists():
+        with suppress(OSError, ValueError, TypeError):  # a name that is too long, say
+            if self.journal.exists():
+                return self.output, self.rejects
+            told = orjson.loads(self.manifest.read_bytes()) if self.manifest.is_file() else {}
+            if mapping(told).get("rejects") == shown(str(self.rejects)):
                 return self.output, self.rejects
         return ()
 
@@ -207,6 +211,8 @@ class FileOutput:
     def _commit(self) -> None:
         """Bring to the disk what is written, and then say so in the journal."""
         with self._lock:
+            if self._failed is not None:
+                raise self._failed
             tally, self._tally = self._tally, None
             if tally is None:
                 return
@@ -233,8 +239,6 @@ class FileOutput:
         self._over.set()
         self._thread.join()
         try:
-            if self._failed is not None:
-                raise self._failed
             self._commit()
         finally:
             for file in (self._output, self._rejects):
@@ -272,10 +276,10 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
         OSError: it cannot be put there.
         OutputError: it is gone, or altered.
     """
-    known = journal.manifest is None and files.part.exists()  # it was written just now
+    unplaced = files.part.exists()
+    known = unplaced and journal.manifest is None  # it was written just now
     if journal.manifest is None:
         journal.finish(manifest)
-    unplaced = files.part.exists()
     whole = files.part if unplaced else files.output
     if not known and digest_of(whole) != mapping(manifest.get("output")).get("sha256"):
         raise OutputError(f"{whole}: it is not what was written: begin anew with --force")

@@ -92,10 +92,11 @@ def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterat
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
     running: deque[Future[R]] = deque()
     patient = True
+    ahead = threads if threads > 1 else 0  # one waits, so that no thread does
     try:
         for item in source:
             running.append(pool.submit(act, item))
-            if len(running) > threads:  # one waits, so that no thread does
+            if len(running) > ahead:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()

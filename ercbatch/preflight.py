@@ -32,8 +32,10 @@ class RunOptions:
 
 
 def can_resume(inputs: Sequence[str]) -> bool:
-    """Whether inputs can be read again: stdin and pipes can't."""
-    return all(name != STDIN and Path(name).is_file() for name in inputs)
+    """Whether inputs can be read again, if they are there: stdin and pipes can't."""
+    return all(
+        name != STDIN and (Path(name).is_file() or not os.path.lexists(name)) for name in inputs
+    )
 
 
 def check_files(files: Files, options: RunOptions) -> None:

@@ -274,30 +274,29 @@ def read_records(
     Raises:
         InputError: the file cannot be opened, or read on (UnreadableError).
     """
-    # A file name need not be UTF-8, but a reject is.
-    shown = "<stdin>" if name == STDIN else os.fsencode(name).decode("utf-8", "replace")
+    told = "<stdin>" if name == STDIN else shown(name)
     with open_input(name) as stream:
         number, byte = start
         try:
             _pass_over(stream, byte)
-        except (EOFError, *_DAMAGES, OSError) as error:
-            raise UnreadableError(f"{shown}: cannot be read on: {error}: see to it") from error
+        except (*_DAMAGES, OSError) as error:
+            raise UnreadableError(f"{told}: cannot be read on: {error}: see to it") from error
         while True:
             try:
                 line, size = _read_line(stream, limits, byte)
             except RecordError as error:
                 counts.lines += 1
                 counts.rejected += 1
-                yield Reject(Line(shown, number + 1, byte, byte), error.code, error.reason, "")
+                yield Reject(Line(told, number + 1, byte, byte), error.code, error.reason, "")
                 return
             except OSError as error:
                 raise UnreadableError(
-                    f"{shown}, after line {number}: cannot be read on ({error.strerror}): see to it"
+                    f"{told}, after line {number}: cannot be read on ({error.strerror}): see to it"
                 ) from error
             if not size:
                 return
             number += 1
-            at = Line(shown, number, byte, byte + size)
+            at = Line(told, number, byte, byte + size)
             byte += size
             counts.lines += 1
             if number == 1:
@@ -334,6 +333,11 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
             mend = "" if item.ends_file else ": mend or remove the line"  # its reason says how
             raise InputError(f"{path}, line {item.at.line}: {item.reason}{mend}")
         yield item.at.line, item.dialogue
+
+
+def shown(name: str) -> str:
+    """A file name as text: it need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def dump_record(record: object) -> bytes:

@@ -28,7 +28,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of, tell
 from ercbatch.preflight import RunOptions, can_resume, check_files, check_rejects, check_unasked
 from ercbatch.progress import Progress
-from ercbatch.records import STDIN, Accepted, Counts, Reject, read_records
+from ercbatch.records import STDIN, Accepted, Counts, Reject, read_records, shown
 from ercbatch.stopping import Stopper
 
 _TIMED = 200
@@ -247,7 +247,7 @@ class _Inputs:
         self.told: list[dict[str, str | int]] = []
         self._seen: list[tuple[str, os.stat_result]] = []
         for name in names:
-            entry: dict[str, str | int] = {"file": _shown(name)}
+            entry: dict[str, str | int] = {"file": shown(name)}
             if can_resume([name]):
                 try:
                     with open(name, "rb") as file:
@@ -256,7 +256,7 @@ class _Inputs:
                         entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
                 except OSError as error:
                     raise InputError(
-                        f"{_shown(name)}: cannot be read ({error.strerror}): check its rights"
+                        f"{shown(name)}: cannot be read ({error.strerror}): check its rights"
                     ) from error
                 self._seen.append((name, seen))
             self.told.append(entry)
@@ -274,7 +274,7 @@ class _Inputs:
                 continue  # it was there while it was read
             if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns):
                 raise InputError(
-                    f"{_shown(name)}: it was changed while it was labelled: label it anew with "
+                    f"{shown(name)}: it was changed while it was labelled: label it anew with "
                     "--force"
                 )
 
@@ -293,7 +293,7 @@ def _identity(
             "sha256": hashlib.sha256((bundle.folder / BUNDLE_MANIFEST).read_bytes()).hexdigest(),
         },
         "options": {**labeler.options(), **asdict(options.limits)},
-        "rejects": _shown(str(files.rejects)),
+        "rejects": shown(str(files.rejects)),
     }
 
 
@@ -353,12 +353,7 @@ def _check_errors(rejected: int, most: int | None) -> None:
 
 
 def _output(files: Files, digest: str) -> dict[str, str]:
-    return {"file": _shown(files.output.name), "sha256": digest}
-
-
-def _shown(name: str) -> str:
-    """A file name as text: it need not be UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    return {"file": shown(files.output.name), "sha256": digest}
 
 
 def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:

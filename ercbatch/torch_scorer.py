@@ -17,13 +17,16 @@ class TorchScorer(StateScorer):
     """Scores packs with a `PackedModel` where that model lies. Variant: `BnbScorer`.
 
     `rows` is the head that answers, or the vocabulary ids whose rows of the model's own output
-    embedding are to answer.
+    embedding are to answer. With `bfloat16` it computes in that where torch finds it safe.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
 
-    def __init__(self, model: PackedModel, rows: Sequence[int] | AnswerHead) -> None:
+    def __init__(
+        self, model: PackedModel, rows: Sequence[int] | AnswerHead, *, bfloat16: bool = False
+    ) -> None:
         self._model = model
+        self._bfloat16 = bfloat16
         device = next(model.parameters()).device
         cuda = device.type == "cuda"
         self.placed = (
@@ -43,6 +46,8 @@ class TorchScorer(StateScorer):
         """See `StateScorer.states`."""
         device = next(self._model.parameters()).device
         batch = collate([pack])
-        states = self._model(*(tensor.to(device) for tensor in batch))
+        # Scorers run in threads, and what autocast is told holds in one.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
+            states = self._model(*(tensor.to(device) for tensor in batch))
         result: FloatArray = states.float().cpu().numpy()
         return result

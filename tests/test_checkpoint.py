@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, python, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from ercbatch.bundle import read_info
 from ercbatch.records import read_dialogues
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
+from export.__main__ import main
 
 
 def write(bundle: str | Path, folder: Path, *options: str) -> Any:
@@ -101,8 +103,9 @@ def test_what_is_no_checkpoint_is_told(
         shutil.copytree(bundle_folder, folder)
         whole = architecture and {**read_info(folder).architecture, **architecture}
         describe(folder, lambda value, whole=whole: value.update(architecture=whole))
-        done = write(folder, tmp_path / "no")
-        assert done.returncode == code, done.stderr
-        assert words in done.stderr
+        asked = ["checkpoint", str(folder), "-o", str(tmp_path / "no")]
+        refused = CliRunner().invoke(main, asked)
+        assert refused.exit_code == code, refused.output
+        assert words in refused.output
     assert not (tmp_path / "no").exists()
     assert read_info(bundle_folder).architecture["model_type"] == "bert"

@@ -252,7 +252,10 @@ def test_convert_writes_over_nothing_that_it_reads(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is read: choose another" in done.stderr
     part = write(tmp_path / "out.jsonl.part", "of a run")
-    done = conftest.cli("convert", "meld", source, "-o", tmp_path / "out.jsonl", "--force")
+    asked = ("convert", "meld", source, "-o", tmp_path / "out.jsonl")
+    done = conftest.cli(*asked)
     assert done.returncode == 2
     assert "out.jsonl.part exists" in done.stderr
     assert (source.read_bytes(), part.read_text()) == (MELD, "of a run")
+    assert conftest.cli(*asked, "--force").returncode == 0
+    assert not part.exists()

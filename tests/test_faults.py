@@ -61,7 +61,9 @@ def test_whatever_call_fails_the_run_can_go_on(
             assert made < number or (call == "stopped" and number > made - LAST_CALLS), made
         else:
             assert code == (-signal.SIGKILL if call == "killed" else 75) or (
-                code == 2 and call == "open"  # journal, rejects or output cannot be opened
+                # The journal (and its folder), rejects or output cannot be opened.
+                (code == 2 and (number == 1 or (call == "open" and number <= 4)))
+                or (code == 143 and number == 1)  # nothing has begun
             ), said
             assert "Traceback" not in said
             run.finish()
@@ -71,19 +73,22 @@ def test_whatever_call_fails_the_run_can_go_on(
     code, said, count = outcome(whole, 0)
     assert code == 3, said
     assert count >= 1
+    every = range(1, count + 1)
+    if call == "stopped":  # at the end it matters where; before, one commit is like another
+        every = sorted({*every[::4], *every[-2 * LAST_CALLS :]})
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(fails_and_goes_on, range(1, count + 1)))
+        list(pool.map(fails_and_goes_on, every))
 
 
 def test_a_disk_that_gives_no_more_is_no_bad_line(
     bundle_folder: Path, tmp_path: Path, faults: Path
 ) -> None:
     """The first look at the inputs reads them for their digests."""
-    inputs = write_inputs(tmp_path / "in", 400, random.Random(2))
+    inputs = write_inputs(tmp_path / "in", 60, random.Random(2))
     calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))
     calm.finish()
     went_on = 0
-    for number in (1, 14, 16, 20, 30):
+    for number in (1, 14, 17):
         run = Run(inputs, tmp_path / f"run{number}", calm.options)
         with run.start(
             LD_PRELOAD=str(faults),
@@ -100,4 +105,4 @@ def test_a_disk_that_gives_no_more_is_no_bad_line(
         went_on += "to go on: " in said
         run.finish()
         assert run.result() == calm.result()
-    assert went_on >= 3
+    assert went_on == 2

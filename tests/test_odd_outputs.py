@@ -9,13 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, cli
 from test_odd_runs import BAD, GOOD, shell, stopped
-from test_resume import label
+from test_resume import begun, label
 
 TURNS = b'{"id": %d, "notes": "%s", "utterances": [{"text": "it is gone"}]}\n'
 
@@ -79,6 +78,7 @@ def test_a_write_that_fails_once_puts_nothing_in_twice(
             FAULT_FOLDER=str(out.parent),
             FAULT_CALL="write",
             FAULT_NTH=str(number),
+            FAULT_SLOW="1",  # a commit is due meanwhile
             FAULT_ERRNO=str(errno.ENOSPC),
         )
         assert done.returncode == 75, done.stderr
@@ -155,8 +155,7 @@ def test_an_input_that_was_another_meanwhile_is_labelled_anew(
     source.write_bytes(good)
     asked = ("label", source, "--bundle", bundle_folder, "-o", out, "--commit-every", "0.05")
     process = label(*asked[1:])
-    while not out.with_name("out.part").exists():
-        time.sleep(0.01)
+    begun(process, out)
     with source.open("r+b") as file:  # one that reads on finds other text
         file.write(good.replace(b"gone", b"cold"))
     _, said = process.communicate()
@@ -166,6 +165,40 @@ def test_an_input_that_was_another_meanwhile_is_labelled_anew(
     done = cli(*asked, "--resume")
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().count(b"gone") == 3000
+
+
+def test_an_input_is_not_taken_for_what_an_earlier_run_left(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(GOOD)
+    assert shell(f"LABEL data/a.jsonl --bundle {bundle_folder} -o out", tmp_path).returncode == 0
+    done = shell(
+        f"LABEL data --bundle {bundle_folder} -o out --rejects data/b.jsonl --force", tmp_path
+    )
+    assert done.returncode == 2
+    assert "data/b.jsonl is also an input" in done.stderr
+    assert (tmp_path / "data" / "b.jsonl").read_bytes() == GOOD
+
+
+def test_an_input_that_is_away_for_a_while_is_no_pipe(bundle_folder: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for path, count in zip(paths, (8000, 1), strict=True):
+        path.write_bytes(TURNS % (1, b"") * count)
+    out, away = tmp_path / "out", tmp_path / "away"
+    asked = (*paths, "--bundle", bundle_folder, "-o", out, "--commit-every", "0.05")
+    process = label(*asked)
+    begun(process, out)
+    paths[1].rename(away)
+    _, said = process.communicate()
+    assert process.returncode == 4
+    assert "to go on: " in said
+    assert "b.jsonl: cannot be read (No such file" in said
+    away.rename(paths[1])
+    done = cli("label", *asked, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_bytes().splitlines()) == 8001
 
 
 def test_a_run_that_is_done_may_be_asked_again_from_its_folder(

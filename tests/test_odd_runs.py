@@ -92,6 +92,7 @@ def test_two_runs_do_not_share_their_rejects(
     first = source.with_name("first")
     process = label(long_source, "--bundle", bundle_folder, "-o", first, "--rejects", shared)
     while not shared.exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     done = cli(
         *("label", source, "--bundle", bundle_folder, "-o", source.with_name("second")),

@@ -231,6 +231,17 @@ def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path
             assert {k: v for k, v in turn.items() if k != "scores"} == before
             assert sum(turn["scores"].values()) == pytest.approx(1, abs=1e-4)
 
+    done = python(*ask, "--labels", "meld", "--bf16", tmp_path / "0", tmp_path / "1")
+    assert done.returncode == 0, done.stderr
+    narrow = [json.loads(line) for line in taught.read_text().splitlines()]
+    pairs = [
+        (turn["scores"], other["scores"])
+        for record, another in zip(records, narrow, strict=True)
+        for turn, other in zip(record["utterances"], another["utterances"], strict=True)
+    ]
+    assert all(other == pytest.approx(scores, abs=0.05) for scores, other in pairs)
+    assert any(other != scores for scores, other in pairs)
+
     # Under another label set nobody was fitted on them; there the labels are not read.
     done = python(*ask, "--labels", "emorynlp", tmp_path / "0")
     assert done.returncode == 0, done.stderr

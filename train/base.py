@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 from transformers.utils import logging
 
 from ercbatch.bundle import CONFIG
-from ercbatch.errors import InputError, foreign_errors
+from ercbatch.errors import InputError, MissingExtraError, foreign_errors
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config, save_tokenizer
 
@@ -88,6 +89,8 @@ def _write_decoder(source: Path, folder: Path) -> None:
 
 def _write_gguf(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file (llama.cpp's format), its weights as float32."""
+    if find_spec("gguf") is None:
+        raise MissingExtraError("GGUF files need gguf: pip install '.[train]' in a checkout")
     settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # from transformers 5 on weights stay packed without it
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -60,10 +60,10 @@ def teach(
         teachers[asked] += 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run.model.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            for number, _, rows in _engine(run, labels).run((n, dialogues[n]) for n in asked):
-                for t, row in rows.items():
-                    sums[number][t] = sums[number].get(t, 0) + row
+        engine = _engine(run, labels, bfloat16=bfloat16)
+        for number, _, rows in engine.run((n, dialogues[n]) for n in asked):
+            for t, row in rows.items():
+                sums[number][t] = sums[number].get(t, 0) + row
     if not teachers.all():
         raise UsageError(
             f"{source}: every run was fitted on its dialogue {int(teachers.argmin()) + 1}: add a "
@@ -88,10 +88,10 @@ def _fitted_on(
     )
 
 
-def _engine(run: TrainedRun, labels: LabelSet) -> Engine:
+def _engine(run: TrainedRun, labels: LabelSet, *, bfloat16: bool) -> Engine:
     recipe = run.recipe
     renderer = Renderer(run.tokenizer, template(recipe.template), recipe.window, labels.labels)
-    scorer = TorchScorer(run.model, renderer.trie.tokens)
+    scorer = TorchScorer(run.model, renderer.trie.tokens, bfloat16=bfloat16)
     return Engine(scorer, renderer, 1.0, _PACK_TOKENS)
 
 
