@@ -160,10 +160,11 @@ def label(
     if not quiet:
         click.echo(f"ercbatch: loading bundle {printable(bundle)}", err=True)
     with errors(), stoppable() as stop:
+        from ercbatch.inputs import expand_inputs
         from ercbatch.labeler import Labeler
         from ercbatch.output import Files
         from ercbatch.preflight import RunOptions
-        from ercbatch.records import Limits, expand_inputs
+        from ercbatch.records import Limits
         from ercbatch.run import dry_run_label, run_label
 
         def load() -> Labeler:

@@ -19,8 +19,9 @@ from rich.console import Console
 from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
 from ercbatch.errors import OutputError
+from ercbatch.inputs import MANIFEST, REJECTS, shown
 from ercbatch.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
-from ercbatch.records import MANIFEST, REJECTS, Reject, dump_record, shown
+from ercbatch.records import Reject, dump_record
 from ercbatch.streams import printable
 from ercbatch.transcript import print_dialogue
 

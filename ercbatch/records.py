@@ -1,32 +1,21 @@
-"""JSONL in: files, folders, globs and stdin to dialogues; a bad line costs one line."""
+"""JSONL in: the lines of an input to dialogues; a bad line costs one line."""
 
 from __future__ import annotations
 
-import glob
-import io
 import json
-import os
 import re
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 import orjson
-import zstandard
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
-from ercbatch.errors import InputError, RecordError, UnreadableError, UsageError
+from ercbatch.errors import InputError, RecordError, UnreadableError
+from ercbatch.inputs import DAMAGES, STDIN, is_compressed, open_input, pass_over, shown
 
-STDIN = "-"
-MANIFEST, REJECTS = ".manifest.json", ".rejects.jsonl"
-"""What a run writes beside its output is named after it, with these endings."""
-_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
-_GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
-_SKIPPABLE = b"\x2a\x4d\x18"
-"""After 0x50 to 0x5f: a Zstandard frame that holds no content, as pzstd begins with."""
+_BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
 """How UTF-16 JSON begins: with its byte order mark, or with the brace of the first line."""
 _RAW = 200
@@ -107,156 +96,6 @@ class Counts:
     blank: int = 0
 
 
-def expand_inputs(names: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
-    """Files, folders (their JSONL files, sorted), glob patterns and `-`, as file names.
-
-    What a labelling run left in a folder, or where a pattern looks (an output with its manifest
-    beside it, rejects, and what is the run's `own`), is not input again.
-
-    Raises:
-        UsageError: `-` more than once.
-        InputError: nothing of that name, or nothing in it.
-    """
-    if list(names).count(STDIN) > 1:
-        raise UsageError("- is given twice, but stdin can be read only once: give it once")
-    files: list[str] = []
-    for name in names:
-        try:
-            files += _expand(name, own)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            raise InputError(f"{name}: {reason}: check the name and its rights") from error
-    return files
-
-
-def _expand(name: str, own: Sequence[Path]) -> list[str]:
-    if not name:
-        raise InputError("an input has an empty name: is a variable of yours not set?")
-
-    def is_input(path: Path) -> bool:
-        return (
-            not path.name.endswith(REJECTS)
-            and not path.with_name(path.name + MANIFEST).exists()
-            and path.is_file()
-            and not any(left.exists() and left.samefile(path) for left in own)
-        )
-
-    path = Path(name)
-    if path.is_dir():
-        inside = sorted(str(p) for p in path.iterdir() if p.name.endswith(_ENDINGS) and is_input(p))
-        if not inside:
-            raise InputError(
-                f"{name}: no JSONL file to label in this folder: name the files, or rename them to "
-                "*.jsonl (or .jsonl.gz, .jsonl.zst)"
-            )
-        return inside
-    if name == STDIN or path.exists():  # pipes and devices too
-        return [name]
-    matched = sorted(p for p in glob.glob(name) if is_input(Path(p)))
-    if not matched:
-        raise InputError(f"{name}: no such file: check the name")
-    return matched
-
-
-def open_input(name: str) -> BinaryIO:
-    """A file or stdin (`-`) for reading, decompressed if it is gzip or Zstandard.
-
-    Raises:
-        UnreadableError: it cannot be opened.
-    """
-    try:
-        raw = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115
-        # A stand-in for stdin may be no buffered reader; only that one can look ahead.
-        plain = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast(Any, raw))
-        magic = plain.peek(4)[:4]
-        if 0 < len(magic) < 4:  # a pipe brings what its writer has written by now
-            magic = plain.read(4)
-            plain = io.BufferedReader(_Rejoined(magic, plain))
-    except OSError as error:
-        raise UnreadableError(
-            f"{name}: cannot be read ({error.strerror}): check the name and its rights"
-        ) from error
-    kind = None
-    if magic.startswith(_GZIP):
-        kind = "gzip"
-    elif magic.startswith(_ZSTD) or (magic[1:] == _SKIPPABLE and magic[0] >> 4 == 5):
-        kind = "Zstandard"
-    return plain if kind is None else io.BufferedReader(_Decompressed(plain, kind), 1 << 16)
-
-
-class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes have been taken from it."""
-
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head, self._rest = head, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)] or cast(io.BufferedReader, self._rest).read1(len(buffer))
-        self._head = self._head[len(piece) :]
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def close(self) -> None:
-        self._rest.close()
-        super().close()
-
-
-class _Decompressed(io.RawIOBase):
-    """What gzip or Zstandard frames hold, one after another.
-
-    Compressed bytes are taken in the same pieces, from the beginning, whatever is read: of a
-    damaged one comes nothing, so that what comes before it is always as much. The libraries' own
-    readers take other pieces after a seek, or a cut for the end.
-    """
-
-    def __init__(self, source: BinaryIO, kind: str) -> None:
-        self._source = source
-        self._kind = kind
-        self._frame = _frame(kind)
-        self._begun = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            taken = self._frame.unused_data if self._frame.eof else b""
-            taken = taken or self._source.read(_TAKEN)
-            if self._frame.eof:
-                self._frame, self._begun = _frame(self._kind), False
-            if not taken:
-                if self._begun:
-                    raise EOFError(f"it ends within a {self._kind} frame")
-                return 0
-            if self._kind == "gzip" and not self._begun:
-                taken = taken.lstrip(b"\0")  # tapes fill up with them
-            self._begun = self._begun or bool(taken)
-            self._ready = memoryview(self._frame.decompress(taken))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._source.close()
-        super().close()
-
-
-_TAKEN = 512
-"""Compressed bytes at a time, which give 16 MiB at most: of Zstandard, 4 bytes can hold 128 KiB."""
-
-
-def _frame(kind: str) -> Any:
-    """What decompresses one frame: of both kinds it has the same methods."""
-    if kind == "gzip":
-        return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
 def read_records(
     name: str, counts: Counts, limits: Limits = DEFAULT_LIMITS, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Accepted | Reject]:
@@ -278,8 +117,8 @@ def read_records(
     with open_input(name) as stream:
         number, byte = start
         try:
-            _pass_over(stream, byte)
-        except (*_DAMAGES, OSError) as error:
+            pass_over(stream, byte)
+        except (*DAMAGES, OSError) as error:
             raise UnreadableError(f"{told}: cannot be read on: {error}: see to it") from error
         while True:
             try:
@@ -335,11 +174,6 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
         yield item.at.line, item.dialogue
 
 
-def shown(name: str) -> str:
-    """A file name as text: it need not be UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
 def dump_record(record: object) -> bytes:
     """A record as a JSON line."""
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
@@ -384,10 +218,6 @@ def _depth_exceeds(value: object, most: int) -> bool:
     return True
 
 
-_DAMAGES = (EOFError, zlib.error, zstandard.ZstdError)
-"""What reading raises where a compressed file is damaged."""
-
-
 def _read_line(stream: BinaryIO, limits: Limits, byte: int) -> tuple[bytes, int]:
     """The line that begins at `byte`, or the beginning of one that is too long, and its size.
 
@@ -395,14 +225,14 @@ def _read_line(stream: BinaryIO, limits: Limits, byte: int) -> tuple[bytes, int]
         RecordError: nothing after here can be read.
         OSError: the disk, or the network, gives no more.
     """
-    most = limits.file_bytes - byte if _is_compressed(stream) else None
+    most = limits.file_bytes - byte if is_compressed(stream) else None
     try:
         line = stream.readline(limits.line_bytes + 1)
         size = len(line)
         if size > limits.line_bytes:
             size += 0 if line.endswith(b"\n") else _skip_line(stream, most)
             line = line[: 4 * _RAW]
-    except _DAMAGES as error:
+    except DAMAGES as error:
         reason = f"the file is broken from here on ({error}): fetch or compress it again"
         if "requires too much memory" in str(error):  # Zstandard's words
             reason = "the file's window is over 128 MiB: compress it again without --long"
@@ -414,22 +244,6 @@ def _read_line(stream: BinaryIO, limits: Limits, byte: int) -> tuple[bytes, int]
             "higher --max-file-bytes",
         )
     return line, size
-
-
-def _is_compressed(stream: BinaryIO) -> bool:
-    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _Decompressed)
-
-
-def _pass_over(stream: BinaryIO, count: int) -> None:
-    """Read so many bytes of a stream that has just been opened."""
-    if count and stream.seekable():
-        stream.seek(count)
-        return
-    while count:
-        piece = stream.read(min(count, 1 << 20))
-        if not piece:
-            raise EOFError("it has become shorter")
-        count -= len(piece)
 
 
 def _skip_line(stream: BinaryIO, most: int | None) -> int:

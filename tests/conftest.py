@@ -347,6 +347,18 @@ def bundle_folder(
     return folder
 
 
+GOOD = b'{"utterances": [{"text": "it is gone", "scores": {"old": 1}}]}\n'
+BAD = b"[]\n"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file of a bad line and a good one."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(BAD + GOOD)
+    return path
+
+
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that lets system calls fail."""

@@ -12,18 +12,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli
-from test_odd_runs import BAD, GOOD, shell, stopped
+from conftest import BAD, GOOD, ROOT, cli
+from test_odd_runs import shell, stopped
 from test_resume import begun, label
 
 TURNS = b'{"id": %d, "notes": "%s", "utterances": [{"text": "it is gone"}]}\n'
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(BAD + GOOD)
-    return path
+def cli_amid(
+    faults: Path, folder: Path, call: str, number: int, *asked: str | Path, **fault: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `ercbatch` where one of its calls on the files of a folder fails."""
+    return cli(
+        *asked,
+        LD_PRELOAD=str(faults),
+        FAULT_FOLDER=str(folder),
+        FAULT_CALL=call,
+        FAULT_NTH=str(number),
+        FAULT_ERRNO=str(errno.EIO),
+        **fault,
+    )
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
@@ -72,15 +80,8 @@ def test_a_write_that_fails_once_puts_nothing_in_twice(
         out = source.with_name(f"out{number}") / "out"
         out.parent.mkdir()
         asked = ("label", source, "--bundle", bundle_folder, "-o", out, "--commit-every", "0.05")
-        done = cli(
-            *asked,
-            LD_PRELOAD=str(faults),
-            FAULT_FOLDER=str(out.parent),
-            FAULT_CALL="write",
-            FAULT_NTH=str(number),
-            FAULT_SLOW="1",  # a commit is due meanwhile
-            FAULT_ERRNO=str(errno.ENOSPC),
-        )
+        # A commit is due meanwhile.
+        done = cli_amid(faults, out.parent, "write", number, *asked, FAULT_SLOW="1")
         assert done.returncode == 75, done.stderr
         assert cli(*asked, "--resume").returncode == 0
         assert [json.loads(line)["id"] for line in out.read_bytes().splitlines()] == [*range(12)]
@@ -94,15 +95,7 @@ def test_a_commit_that_fails_when_all_is_labelled_is_no_success(
     source.write_bytes(BAD + b"".join(TURNS % (n, b"") for n in range(300)))
     out = source.with_name("out")
     asked = ("label", source, "--bundle", bundle_folder, "-o", out, "--commit-every", "0.01")
-    done = cli(
-        *asked,
-        LD_PRELOAD=str(faults),
-        FAULT_FOLDER=str(source.parent),
-        FAULT_CALL="fsync",
-        FAULT_NTH=str(number),
-        FAULT_SLOW="4",
-        FAULT_ERRNO=str(errno.EIO),
-    )
+    done = cli_amid(faults, source.parent, "fsync", number, *asked, FAULT_SLOW="4")
     assert done.returncode == 75, done.stderr
     assert not out.exists()
     assert cli(*asked, "--resume").returncode == 3
@@ -114,14 +107,7 @@ def test_what_is_not_what_was_written_is_not_put_in_place(
 ) -> None:
     out = source.with_name("out")
     asked = ("label", source, "--bundle", bundle_folder, "-o", out)
-    done = cli(
-        *asked,
-        LD_PRELOAD=str(faults),
-        FAULT_FOLDER=str(source.parent),
-        FAULT_CALL="rename",
-        FAULT_NTH="1",
-        FAULT_ERRNO=str(errno.EIO),
-    )
+    done = cli_amid(faults, source.parent, "rename", 1, *asked)
     assert done.returncode == 75
     source.with_name("out.part").write_text("something else")
     done = cli(*asked, "--resume")

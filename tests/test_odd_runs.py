@@ -15,19 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli
+from conftest import BAD, GOOD, ROOT, cli
 from kill_loop import lines
 from test_resume import begun, label
-
-GOOD = b'{"utterances": [{"text": "it is gone", "scores": {"old": 1}}]}\n'
-BAD = b"[]\n"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(BAD + GOOD)
-    return path
 
 
 @pytest.fixture

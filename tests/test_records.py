@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from kill_loop import damaged
 
 from ercbatch.errors import InputError, UsageError
+from ercbatch.inputs import expand_inputs
 from ercbatch.records import (
     DEFAULT_LIMITS,
     Accepted,
     Counts,
     Reject,
     dump_record,
-    expand_inputs,
     read_dialogues,
     read_records,
 )
