@@ -162,7 +162,7 @@ def _label_to_files(
     }
     with stop.shield():
         summary = _completed(files, journal, manifest)
-        stop.done()
+        stop.forget()  # it came too late
         return summary
 
 

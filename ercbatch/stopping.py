@@ -114,12 +114,12 @@ class Stopper:
         finally:
             self._shielded = False
         noted = self._noted
-        self.done()
+        self.forget()
         if noted is not None:
             self._raise(noted)
 
-    def done(self) -> None:
-        """What was asked for is done: a signal that came meanwhile is too late."""
+    def forget(self) -> None:
+        """A signal that came within the shield is raised no more: all is done, say."""
         if self._noted is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._noted = None

@@ -28,12 +28,10 @@ class TorchScorer(StateScorer):
         self._model = model
         self._bfloat16 = bfloat16
         device = next(model.parameters()).device
-        cuda = device.type == "cuda"
-        self.placed = (
-            {"device": torch.cuda.get_device_name(device)}
-            if cuda
-            else {"pack_threads": torch.get_num_threads()}
-        )
+        if device.type == "cuda":
+            self.placed = {"device": torch.cuda.get_device_name(device)}
+        else:
+            self.placed = {"pack_threads": torch.get_num_threads()}
         self.head = rows if isinstance(rows, AnswerHead) else model.answer_head(rows)
 
     def describe(self) -> str:
