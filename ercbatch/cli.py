@@ -22,7 +22,7 @@ _PATIENCE = 2.0
 """Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 _MOST = 1 << 62
 """Of bytes and the like: numbers that every library takes."""
-_PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat")
+_PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat", "xed")
 
 
 @click.group(

@@ -193,6 +193,40 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
         yield {"id": columns[2], "utterances": [turn]}
 
 
+_PLUTCHIK = (
+    *("anger", "anticipation", "disgust", "fear", "joy", "sadness", "surprise", "trust"),
+    "neutral",
+)
+"""XED's labels by number, from 1 (its README)."""
+_APART = re.compile(r" +(?=[!,.:;?]|'\w)|(?<=\w) +(?=n't\b)")
+
+
+def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
+    """A file of XED: text and label numbers (annotated lines), or 9 and text (neutral lines).
+
+    Annotated lines have a space before each punctuation mark and neutral ones have not. The space
+    is removed, because a model would learn it as the mark of an emotion. A line with several
+    emotions has no `label`, and all of them in `labels`.
+    """
+    for line, row in enumerate(_text(path).split("\n"), start=1):
+        if not row.strip():
+            continue
+        where = f"{path}, line {line}"
+        columns = row.rstrip("\r\t").split("\t")
+        if len(columns) != 2:
+            raise InputError(f"{where}: not text and label numbers: is it XED's TSV?")
+        text, numbers = reversed(columns) if columns[0] == "9" else columns
+        found = []
+        for part in numbers.split(","):
+            number = _number(part, where)
+            if not 1 <= number <= len(_PLUTCHIK):
+                raise InputError(f"{where}: label {number} is not in 1 to 9: fetch the file again")
+            found.append(_label(labels, _PLUTCHIK[number - 1], where))
+        turn: Record = {"text": _APART.sub("", text).strip()}
+        turn |= {"label": found[0]} if len(found) == 1 else {"labels": found}
+        yield {"id": f"{path.stem}-{line}", "utterances": [turn]}
+
+
 def _topical_chat(path: Path, labels: LabelSet) -> Iterator[Record]:
     where = str(path)
     try:
@@ -263,4 +297,5 @@ FORMATS: Mapping[str, Format] = {
     "iemocap": Format("iemocap", _iemocap),
     "goemotions": Format("ekman", _goemotions),
     "topical-chat": Format("topical-chat", _topical_chat),
+    "xed": Format("plutchik", _xed),
 }

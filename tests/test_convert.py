@@ -137,6 +137,23 @@ def test_topical_chat(tmp_path: Path) -> None:
     ]
 
 
+def test_xed_annotated_and_neutral_lines(tmp_path: Path) -> None:
+    annotated = "This is not , uh , what I do n't want !\t6\nToo late .\t1, 3\nHe 's in\t8\n"
+    assert records("xed", write(tmp_path / "en.tsv", annotated)) == [
+        {
+            "id": "en-1",
+            "utterances": [{"text": "This is not, uh, what I don't want!", "label": "sadness"}],
+        },
+        {"id": "en-2", "utterances": [{"text": "Too late.", "labels": ["anger", "disgust"]}]},
+        {"id": "en-3", "utterances": [{"text": "He's in", "label": "trust"}]},
+    ]
+    neutral = "9\tTwo pair.\n9\tStray tabs\t\t\n"
+    assert records("xed", write(tmp_path / "neu.txt", neutral)) == [
+        {"id": "neu-1", "utterances": [{"text": "Two pair.", "label": "neutral"}]},
+        {"id": "neu-2", "utterances": [{"text": "Stray tabs", "label": "neutral"}]},
+    ]
+
+
 def iemocap(folder: Path, session: int, name: str) -> None:
     dialog = folder / f"Session{session}" / "dialog"
     write(
@@ -220,6 +237,9 @@ BROKEN = {
     "another TSV": ("goemotions", b"a\t1\n", "line 1: not text, label numbers and id"),
     "label beyond": ("goemotions", b"a\t1\tx\nb\t7\ty\n", "line 2: label 7 is beyond the 7 labels"),
     "labels no number": ("goemotions", b"a\tjoy\tx\n", "line 1: 'joy' is not a number"),
+    "no label number": ("xed", b"a\tjoy\n", "line 1: 'joy' is not a number"),
+    "no such number": ("xed", b"a\t1\nb\t10\n", "line 2: label 10 is not in 1 to 9"),
+    "no columns": ("xed", b"a\n", "line 1: not text and label numbers"),
     "no JSON": ("topical-chat", b"{", "not Topical-Chat's JSON"),
     "another JSON": ("topical-chat", b"[1]", "not Topical-Chat's JSON"),
     "chat without content": ("topical-chat", b'{"t_1": {}}', r"chat t_1: not Topical-Chat's JSON"),

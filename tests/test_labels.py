@@ -16,6 +16,7 @@ def test_orders_are_those_of_the_method() -> None:
         "emorynlp": "joyful mad peaceful neutral sad powerful scared",
         "iemocap": "happy sad neutral angry excited frustrated",
         "ekman": "anger disgust fear joy neutral sadness surprise",
+        "plutchik": "anger anticipation disgust fear joy neutral sadness surprise trust",
         "topical-chat": "angry curious disgusted fearful happy neutral sad surprised",
         "unified": "joyful sad neutral mad excited fear disgust peaceful powerful",
     }
@@ -32,6 +33,7 @@ def test_orders_are_those_of_the_method() -> None:
         ("iemocap", "fru", "frustrated"),
         ("iemocap", "neu", "neutral"),
         ("ekman", "scared", "fear"),
+        ("ekman", "no emotion", "neutral"),
         ("topical-chat", "Curious to dive deeper", "curious"),
         ("unified", "angry", "mad"),
     ],

@@ -94,27 +94,40 @@ _Written = tuple[LabelSet, Mapping[str, str | None] | None]
 def _scene(
     dialogue: Dialogue, labels: LabelSet, file: _Written, source: Source, place: str
 ) -> Scene:
-    written, learnt = file
     record = dialogue.record
     turns = record["utterances" if "utterances" in record else "messages"]
     utterances, targets = [], []
     for utterance, turn in zip(dialogue.utterances, turns, strict=True):
-        label = None
-        if utterance.label is not None and source.soft < 1:
-            label = written.canonical(utterance.label)
-            if label is None:
-                raise InputError(
-                    f"{place}: label {utterance.label!r} is not in the "
-                    f"label set {written.name}: {', '.join(written.labels)}"
-                )
-            label = label if learnt is None else learnt[label]
-        target = None if label is None else one_hot(labels.index(label), len(labels))
+        label, target = None, None
+        if source.soft < 1 and utterance.label is not None:
+            label = _learnt(utterance.label, file, place)
+            target = _spread([label], labels)
+        elif source.soft < 1 and isinstance(turn.get("labels"), list):
+            target = _spread([_learnt(own, file, place) for own in turn["labels"]], labels)
         if source.soft and utterance.text.strip():
             scores = _scores(turn.get("scores"), labels, place)
             target = scores if target is None else source.soft * scores + (1 - source.soft) * target
         utterances.append(replace(utterance, label=label))
         targets.append(target)
     return Scene(Dialogue(tuple(utterances), {}), tuple(targets))
+
+
+def _learnt(label: object, file: _Written, place: str) -> str | None:
+    """The label to learn for one that stands in the file, None to leave it out."""
+    written, mapping = file
+    known = written.canonical(label) if isinstance(label, str) else None
+    if known is None:
+        raise InputError(
+            f"{place}: label {label!r} is not in the label set {written.name}: "
+            f"{', '.join(written.labels)}"
+        )
+    return known if mapping is None else mapping[known]
+
+
+def _spread(found: Sequence[str | None], labels: LabelSet) -> Target | None:
+    """The target in which these labels are equally probable, None if there is none to learn."""
+    known = [one_hot(labels.index(label), len(labels)) for label in found if label is not None]
+    return np.mean(known, axis=0, dtype=np.float32) if known else None
 
 
 def one_hot(index: int, size: int) -> Target:
