@@ -35,7 +35,7 @@ def load_trainable(
     frozen = recipe.method == "lora"
     if recipe.load != "full":
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": device}}
-    elif frozen and bfloat16 and device.type == "cuda":
+    elif frozen and bfloat16:
         settings["dtype"] = torch.bfloat16  # weights that are not trained lose nothing by it here
     model, tokenizer = load_causal_lm(recipe.base, **settings)
     for module in model.modules():
