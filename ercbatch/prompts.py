@@ -16,6 +16,7 @@ from enum import Enum
 from typing import ClassVar
 
 from ercbatch.errors import UsageError
+from ercbatch.typed import in_words
 
 
 class Control(Enum):
@@ -65,11 +66,28 @@ def clean(text: str) -> str:
     return _FAKE_TURN.sub(r"\1 ", _FAKE_SPEAKER.sub("", line)).strip()
 
 
+TEMPLATE_VERSION = 2
+"""The newest version of the templates. Version 1 quotes texts as they are typed and keeps only the
+beginning of one that is too long. Version 2 writes emoji and the like as words (`ercbatch.typed`)
+and keeps the beginning and the end."""
+
+
 class Template(ABC):
     """How the three tasks are worded. Speakers are numbers, in order of first appearance."""
 
     name: ClassVar[str]
-    version: ClassVar[int]
+
+    def __init__(self, version: int = TEMPLATE_VERSION) -> None:
+        self.version = version
+
+    def quote(self, text: str) -> str:
+        """The text of an utterance as prompts quote it."""
+        return clean(in_words(text) if self.version > 1 else text)
+
+    @property
+    def keeps_ends(self) -> bool:
+        """Whether a text over the token limit loses its middle, instead of its end."""
+        return self.version > 1
 
     @abstractmethod
     def head(self, labels: Sequence[str]) -> list[Piece]:
@@ -120,7 +138,6 @@ class PaperTemplate(Template):
     """The paper's retrieval template: the label list stands in every question."""
 
     name = "paper"
-    version = 1
 
     _INSTRUCTION = "Now you are expert of sentiment and emotional analysis. "
     _ask: ClassVar[str] = " ### Please select the emotional label of < "
@@ -181,7 +198,6 @@ class PlainTemplate(PaperTemplate):
     """The paper's baseline: the label statement alone, no instruction and no history."""
 
     name = "plain"
-    version = 1
 
     _ask = ""
 
@@ -196,7 +212,6 @@ class CompactTemplate(Template):
     """The label list once, in the trunk; a question is a separator and a short cue."""
 
     name = "compact"
-    version = 1
 
     def head(self, labels: Sequence[str]) -> list[Piece]:
         return [Control.START, Text(f"emotions: {', '.join(labels)}.")]
@@ -240,23 +255,23 @@ class CompactTemplate(Template):
         return str(speaker)
 
 
-_TEMPLATES: dict[str, Template] = {
-    t.name: t for t in (PaperTemplate(), PlainTemplate(), CompactTemplate())
+_TEMPLATES: dict[str, type[Template]] = {
+    t.name: t for t in (PaperTemplate, PlainTemplate, CompactTemplate)
 }
 
 
-def template(name: str, version: int | None = None) -> Template:
-    """The template of that name.
+def template(name: str, version: int = TEMPLATE_VERSION) -> Template:
+    """The template of that name and version.
 
     Raises:
-        UsageError: no such template, or another version of it than this program has.
+        UsageError: this program has no such template, or not that version of it.
     """
     found = _TEMPLATES.get(name)
     if found is None:
         raise UsageError(f"no prompt template {name!r}: choose from {', '.join(_TEMPLATES)}")
-    if version is not None and version != found.version:
+    if not 1 <= version <= TEMPLATE_VERSION:
         raise UsageError(
-            f"prompt template {name!r} is version {found.version} here, but version {version} "
-            "is asked for: install the ercbatch that the bundle names"
+            f"prompt template {name!r} has the versions 1 to {TEMPLATE_VERSION} here, but version "
+            f"{version} is asked for: install the ercbatch that the bundle names"
         )
-    return found
+    return found(version)

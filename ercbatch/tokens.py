@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from tokenizers import Tokenizer
@@ -215,7 +215,21 @@ class SegmentTokenizer:
             )
         return ids
 
-    def content(self, text: str, limit: int) -> tuple[int, ...]:
-        """Ids of a speaker's text, at most `limit` of them, none a control token."""
-        ids = self._encode(text[: limit * _CHARACTERS_PER_TOKEN])
-        return tuple(id_ for id_ in ids if id_ not in self._forbidden)[:limit]
+    def content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
+        """Ids of a speaker's text, at most `limit` of them, none a control token.
+
+        A longer text loses its end, or with `both_ends` its middle.
+        """
+        text = _at_most(text, limit * _CHARACTERS_PER_TOKEN, both_ends)
+        ids = tuple(id_ for id_ in self._encode(text) if id_ not in self._forbidden)
+        return _at_most(ids, limit, both_ends)
+
+
+_Cut = TypeVar("_Cut", str, tuple[int, ...])
+
+
+def _at_most(whole: _Cut, limit: int, both_ends: bool) -> _Cut:
+    if len(whole) <= limit:
+        return whole
+    end = limit // 2 if both_ends else 0
+    return whole[: limit - end] + whole[len(whole) - end :]

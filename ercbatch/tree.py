@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ercbatch.answers import AnswerTrie, answer_trie
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
-from ercbatch.prompts import Control, Piece, Template, Text, clean
+from ercbatch.prompts import Control, Piece, Template, Text
 from ercbatch.tokens import SegmentTokenizer
 
 IntArray = npt.NDArray[np.int32]
@@ -189,7 +189,8 @@ class Renderer:
             elif isinstance(piece, Text):
                 ids += self.tokenizer.template(piece.text)
             else:
-                ids += self.tokenizer.content(piece.text, self.window.max_utterance_tokens)
+                limit, ends = self.window.max_utterance_tokens, self.template.keeps_ends
+                ids += self.tokenizer.content(piece.text, limit, both_ends=ends)
         return ids
 
     def trees(self, dialogue: Dialogue, questions: Sequence[Question]) -> list[Tree]:
@@ -260,7 +261,7 @@ class _Scene:
         self._window = renderer.window
         self._dialogue = dialogue
         self._speakers = speaker_numbers(dialogue)
-        self._texts = [clean(utterance.text) for utterance in dialogue.utterances]
+        self._texts = [renderer.template.quote(u.text) for u in dialogue.utterances]
         turn = renderer.template.turn
         self.turns = [
             renderer._ids(turn(k, text))
@@ -281,7 +282,7 @@ class _Scene:
                 self._speakers[t],
                 self._texts[t],
                 self._renderer.labels,
-                [(clean(text), label) for text, label in question.demonstrations],
+                [(template.quote(text), label) for text, label in question.demonstrations],
                 later=self.last_visible(question) > t,
             )
         elif question.task is Task.IMPACT:

@@ -12,7 +12,6 @@ from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.packs import Pack, join
 from ercbatch.pipeline import Engine, Retriever
-from ercbatch.prompts import template
 from ercbatch.scoring import Scorer
 from ercbatch.tree import Question, Renderer, Task
 from train.datasets import Dataset, read_dataset
@@ -35,7 +34,7 @@ class Questions:
     def __init__(self, run: TrainedRun) -> None:
         recipe = run.recipe
         self.recipe: Recipe = recipe
-        self.wording = template(recipe.template)
+        self.wording = recipe.wording
         taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
         if not taught:
             raise UsageError("the run has learnt no labels: there is nothing to label with")

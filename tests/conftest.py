@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from ercbatch.bundle import MANIFEST, with_digest
+from ercbatch.tokens import SegmentTokenizer
+from ercbatch.torch_model import load_causal_lm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -273,6 +275,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT decoder."""
     return write_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bert: Path) -> SegmentTokenizer:
+    return load_causal_lm(str(bert))[1]
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,6 @@ WINDOWS = st.builds(
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(bert: Path) -> SegmentTokenizer:
-    return load_causal_lm(str(bert))[1]
-
-
 def questions(dialogue: Dialogue, shown: tuple[tuple[str, str], ...]) -> list[Question]:
     turns = range(len(dialogue.utterances))
     asked = [Question(Task.EMOTION, t, shown if t % 2 else ()) for t in turns]

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet, find_label_set, mapping_to
-from ercbatch.prompts import template
+from ercbatch.prompts import TEMPLATE_VERSION, Template, template
 from ercbatch.tree import Task, Window
 
 _DATA = ("train", "valid", "test")
@@ -112,6 +112,7 @@ class Recipe:
     method: str = "lora"
     """`lora` or `full`."""
     template: str = "paper"
+    template_version: int = TEMPLATE_VERSION
     window: Window = field(default_factory=Window)
     """The paper's moves with every turn (stride 1); in blocks, prompts share the turns they see."""
     tasks: tuple[str, ...] = ("speaker", "emotion", "impact")
@@ -162,6 +163,10 @@ class Recipe:
     """Dropout of attention weights, likewise."""
     token_dropout: float = 0.0
     """Share of what people say that is left out, token by token, each time it is drawn."""
+    transcribed: float = 0.0
+    """Share of the dialogues read as speech recognition would write them (`train.noise`)."""
+    hurried: float = 0.0
+    """Share of the dialogues read as somebody in a hurry would type them (`train.noise`)."""
     exclude_overlap: int = 0
     """Leave out training dialogues that share a line of at least this many letters with a
     validation or test dataset (series are cut differently by different datasets); 0 keeps all."""
@@ -191,11 +196,13 @@ class Recipe:
             raise UsageError("recipe: no tasks: name some of speaker, emotion, impact")
         for task in self.tasks:
             _choose("a task", task, tuple(t.value for t in Task))
-        template(self.template)
+        template(self.template, self.template_version)
         if (self.demonstrations or self.demonstrations_shown) and not self.encoder:
             raise UsageError("recipe: demonstrations need an encoder: name its folder, or a bundle")
         for source in (*self.train, *self.valid, *self.test):
             source.label_set()
+        if self.transcribed + self.hurried > 1:
+            raise UsageError("recipe: transcribed and hurried are shares: at most 1 together")
         if self.window.future:
             raise UsageError(
                 "recipe: window.future is for labelling: later_turns and later_window train on them"
@@ -224,6 +231,11 @@ class Recipe:
         first = Stage((Task.SPEAKER,), self.speaker_epochs, {Task.SPEAKER: 1.0})
         return first, Stage(rest, self.epochs, weights)
 
+    @property
+    def wording(self) -> Template:
+        """The prompt template."""
+        return template(self.template, self.template_version)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as written beside the adapter."""
         return dataclasses.asdict(self)
@@ -249,7 +261,7 @@ _RANGES = {
         *("dropout", "attention_dropout", "token_dropout", "lora_dropout", "label_smoothing"),
         "average",
     ),
-    "[0, 1]": ("warmup", "demonstrations", "later_turns"),
+    "[0, 1]": ("warmup", "demonstrations", "later_turns", "transcribed", "hurried"),
     "(0, 1]": ("fraction",),
     "(0, inf)": ("learning_rate", "clip"),
     "[0, inf)": (

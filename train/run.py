@@ -130,7 +130,8 @@ def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
     path = folder / DESCRIPTION
     try:
         described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recipe = recipe_from(path, described["recipe"])
+        # Runs from before there was a choice were trained with version 1.
+        recipe = recipe_from(path, {"template_version": 1, **described["recipe"]})
         ControlTokens.from_json(described["controls"])
         described["data"]
         kept = described.get("kept", 1)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ercbatch.bank import Demonstration, DemonstrationBank, balance
+from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.labels import LabelSet
 from ercbatch.packs import Pack, graft
-from ercbatch.prompts import template
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import Batch, collate
 from ercbatch.tree import Question, Renderer, Task, Tree, speaker_numbers
 from train.datasets import Dataset, Scene, Target, one_hot
+from train.noise import hurried, rewritten, transcribed
 from train.recipe import Recipe
 
 _LENGTHS = 32
@@ -121,7 +122,6 @@ class Sampler:
         self._recipe = recipe
         self._datasets = datasets
         self._banks = banks
-        wording = template(recipe.template)
         self._tokenizer = _NoisyTokenizer(tokenizer, recipe.token_dropout)
         self._renderers: dict[tuple[int, bool], Renderer] = {}
         for i, dataset in enumerate(datasets):
@@ -129,7 +129,9 @@ class Sampler:
                 future = recipe.later_window if later else 0
                 window = replace(recipe.window, future=future)
                 labels = dataset.labels.labels
-                self._renderers[i, later] = Renderer(self._tokenizer, wording, window, labels)
+                self._renderers[i, later] = Renderer(
+                    self._tokenizer, recipe.wording, window, labels
+                )
         tries = [renderer.trie for renderer in self._renderers.values()]
         if Task.SPEAKER.value in recipe.tasks:
             tries += [
@@ -158,7 +160,8 @@ class Sampler:
             later = bool(random.random() < self._recipe.later_turns)
             questions = self._questions(i, scene, tasks, random)
             renderer = self._renderers[i, later]
-            for tree in renderer.trees(scene.dialogue, questions) if questions else ():
+            dialogue = self._written(scene.dialogue, random)
+            for tree in renderer.trees(dialogue, questions) if questions else ():
                 about_speakers = tree.reads[0][1].question.task is Task.SPEAKER
                 head = renderer.speaker_head if about_speakers else renderer.head
                 trees.setdefault(head, []).append((owner, tree))
@@ -173,6 +176,15 @@ class Sampler:
         steps = [order[at : at + size] for at in range(0, len(order), size)]
         chosen = [[packs[p] for p in steps[at]] for at in random.permutation(len(steps))]
         return Epoch(chosen, partial(self._step, drawn=drawn))
+
+    def _written(self, dialogue: Dialogue, random: np.random.Generator) -> Dialogue:
+        """The dialogue as it is, or as speech recognition or a hurried writer would have it."""
+        drawn = random.random()
+        if drawn < self._recipe.transcribed:
+            return rewritten(dialogue, transcribed, random)
+        if drawn < self._recipe.transcribed + self._recipe.hurried:
+            return rewritten(dialogue, hurried, random)
+        return dialogue
 
     def _questions(
         self, i: int, scene: Scene, tasks: Collection[Task], random: np.random.Generator
@@ -258,9 +270,9 @@ class _NoisyTokenizer(SegmentTokenizer):
         """Decide with this generator from now on."""
         self._random = random
 
-    def content(self, text: str, limit: int) -> tuple[int, ...]:
+    def content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
         """See `SegmentTokenizer.content`."""
-        ids = self._whole.content(text, limit)
+        ids = self._whole.content(text, limit, both_ends=both_ends)
         if not self._share:
             return ids
         kept = self._random.random(len(ids)) >= self._share

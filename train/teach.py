@@ -22,7 +22,6 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.pipeline import Engine
-from ercbatch.prompts import template
 from ercbatch.records import dump_record, read_dialogues
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer
@@ -90,7 +89,7 @@ def _fitted_on(
 
 def _engine(run: TrainedRun, labels: LabelSet, *, bfloat16: bool) -> Engine:
     recipe = run.recipe
-    renderer = Renderer(run.tokenizer, template(recipe.template), recipe.window, labels.labels)
+    renderer = Renderer(run.tokenizer, recipe.wording, recipe.window, labels.labels)
     scorer = TorchScorer(run.model, renderer.trie.tokens, bfloat16=bfloat16)
     return Engine(scorer, renderer, 1.0, _PACK_TOKENS)
 

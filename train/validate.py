@@ -12,7 +12,6 @@ from ercbatch.answers import AnswerTrie
 from ercbatch.evaluate import f1_figures
 from ercbatch.packs import pack
 from ercbatch.pipeline import Engine, Retriever
-from ercbatch.prompts import template
 from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
@@ -97,7 +96,7 @@ class Validation:
         datasets: Sequence[Dataset],
         retrievers: Mapping[str, Retriever] | None = None,
     ) -> None:
-        wording = template(recipe.template)
+        wording = recipe.wording
         self._model = model
         self._pack_tokens = recipe.pack_tokens
         self._shown = recipe.demonstrations_shown
