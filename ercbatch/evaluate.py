@@ -172,7 +172,7 @@ def evaluate(records: Iterable[Mapping[str, Any]], labels: LabelSet | None = Non
         [-1 if j.predicted is None else _index(labels, j.predicted) for j in found]
     )
     confidence = np.array([j.confidence for j in found])
-    return _figures(labels, gold, predicted, confidence, len(every) - len(found))
+    return evaluation(labels, gold, predicted, confidence, len(every) - len(found))
 
 
 def _index(labels: LabelSet, name: str) -> int:
@@ -224,9 +224,14 @@ def expected_calibration_error(
     return float(sum(gaps) / len(confidence))
 
 
-def _figures(
-    labels: LabelSet, gold: Any, predicted: Any, confidence: Any, unlabelled: int
+def evaluation(
+    labels: LabelSet,
+    gold: npt.NDArray[np.int64],
+    predicted: npt.NDArray[np.int64],
+    confidence: npt.NDArray[np.float64],
+    unlabelled: int = 0,
 ) -> Evaluation:
+    """The evaluation of label indices [n]; a prediction of -1 is an abstention."""
     f1, precision, recall, support, confusion = _per_label(gold, predicted, len(labels))
     weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
     answered = predicted >= 0

@@ -14,8 +14,8 @@ from ercbatch.packs import Pack, join
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.scoring import Scorer
 from ercbatch.tree import Question, Renderer, Task
-from train.datasets import Dataset, read_dataset
-from train.recipe import Recipe, distinct_names
+from train.datasets import Dataset, file_names, read_dataset
+from train.recipe import Recipe
 from train.run import TrainedRun, digest
 from train.validate import Predictions, predict
 
@@ -121,5 +121,5 @@ def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) 
 
 def measured_names(datasets: Sequence[Dataset]) -> list[str]:
     """What figures of datasets are called: by label set and file."""
-    names = distinct_names([dataset.source for dataset in datasets])
+    names = file_names(datasets)
     return [f"{d.labels.name}, {name}" for d, name in zip(datasets, names, strict=True)]

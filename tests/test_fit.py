@@ -430,3 +430,24 @@ def test_a_window_longer_than_the_base_reads_is_refused(bert: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "window.max_tokens is 2000, but" in done.stderr
     assert "reads at most 1024 tokens" in done.stderr
+
+
+def test_several_labels_are_learnt_in_equal_shares(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    turns = [
+        {"text": "a", "labels": ["anger", "trust"]},
+        {"text": "b", "labels": ["anger", "joy"]},
+        {"text": "c", "labels": ["trust"]},
+        {"text": "d", "label": "fear", "labels": ["joy"]},
+    ]
+    path.write_text(json.dumps({"utterances": turns}) + "\n")
+    mapping = tmp_path / "mapping.json"
+    same = {label: label for label in label_set("ekman").labels}
+    mapping.write_text(json.dumps({"plutchik": {**same, "trust": None, "anticipation": None}}))
+    source = Source(str(path), "ekman", written="plutchik", mapping=str(mapping))
+    (scene,) = read_dataset(source).scenes
+    anger, joy, fear = (one_hot(label_set("ekman").index(x), 7) for x in ("anger", "joy", "fear"))
+    assert scene.targets[2] is None
+    learnt = [target for target in scene.targets if target is not None]
+    assert np.array_equal(learnt, [anger, (anger + joy) / 2, fear])
+    assert [u.label for u in scene.dialogue.utterances] == [None, None, None, "fear"]

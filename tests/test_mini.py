@@ -24,7 +24,7 @@ SAID = ("the parcel is gone", "oh no, where is my train", "yes, thank you", "who
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Datasets in the publishers' forms: 12 dialogues of 4 lines to train on, 4 to validate on."""
     folder = tmp_path_factory.mktemp("data")
-    for name in ("meld", "emorynlp", "goemotions", "topical_chat"):
+    for name in ("meld", "emorynlp", "goemotions", "topical_chat", "xed", "written"):
         (folder / name).mkdir()
     lines = (f"{said}, {number}" for number, said in zip(count(), cycle(SAID)))
     for split, dialogues in (("train", 12), ("dev", 4)):
@@ -42,6 +42,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         rows = (f"{next(lines)}\t{number % 7}\tx{number}\n" for number in range(10 * dialogues))
         (folder / "goemotions" / f"{split}.tsv").write_text("".join(rows))
+    rows = (f"{next(lines)}\t{1 + number % 8}\n" for number in range(40))
+    (folder / "xed" / "en-annotated.tsv").write_text("".join(rows))
+    for part in ("train", "valid", "held-out"):
+        dialogues = (
+            {"utterances": [{"text": next(lines), "label": MELD[(d + t) % 7]} for t in range(4)]}
+            for d in range(8)
+        )
+        text = "".join(json.dumps(dialogue) + "\n" for dialogue in dialogues)
+        (folder / "written" / f"written-{part}.jsonl").write_text(text)
     for split in ("freq", "rare"):
         chats = {
             f"t_{d}": {
@@ -78,13 +87,14 @@ def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONWARNINGS": "ignore",
+            "WRITTEN": str(data / "written"),
         },
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("student", "longer"):
+    for name in ("student", "longer", "domains"):
         run = json.loads((work / name / "run.json").read_text())
         assert len(run["epochs"]) == run["recipe"]["epochs"]
     assert json.loads((work / "averaged" / "run.json").read_text())["averaged"] == [

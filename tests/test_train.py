@@ -143,15 +143,19 @@ def test_dialogues_that_share_a_long_line_with_validation_are_left_out() -> None
     ]
 
 
-def test_weights_are_float32_whatever_the_checkpoint_has(bert: Path, tmp_path: Path) -> None:
+def test_trained_weights_are_float32_whatever_the_base_has(bert: Path, tmp_path: Path) -> None:
     model, _ = load_causal_lm(str(bert), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(bert / name, tmp_path / name)
-    for method in ("full", "lora"):
+    for method, bfloat16 in (("full", True), ("full", False), ("lora", True), ("lora", False)):
         recipe = Recipe(str(tmp_path), (Source("", "meld"),), method=method, window=Window(2, 2))
-        packed, _, _ = load_trainable(recipe, torch.device("cpu"), bfloat16=True)
-        assert {p.dtype for p in packed.parameters()} == {torch.float32}
+        packed, _, _ = load_trainable(recipe, torch.device("cpu"), bfloat16=bfloat16)
+        trained = {p.dtype for p in packed.parameters() if p.requires_grad}
+        frozen = {p.dtype for p in packed.parameters() if not p.requires_grad}
+        assert trained == {torch.float32}
+        if method == "lora":
+            assert frozen == {torch.bfloat16 if bfloat16 else torch.float32}
 
 
 def test_datasets_are_told_apart_by_the_shortest_name() -> None:

