@@ -26,7 +26,7 @@ from ercbatch.tokens import SegmentTokenizer
 from ercbatch.tree import Renderer
 
 T = TypeVar("T")
-_PACKAGES = ("numpy", "orjson", "tokenizers", "zstandard")
+_PACKAGES = ("emoji", "numpy", "orjson", "tokenizers", "zstandard")
 """What inputs and outputs go through, whatever the bundle."""
 
 
