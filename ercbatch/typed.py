@@ -30,11 +30,12 @@ _FACES = {
 """Name of an emoji -> the emoticons for it."""
 _EMOTICONS = {emoticon: name for name, all_ in _FACES.items() for emoticon in all_.split()}
 _LONGEST_FIRST = sorted(map(re.escape, _EMOTICONS), key=len, reverse=True)
+# Between words or after one or its punctuation ("thanks:)"), but not in "3:0", "C:/x" or "a:(b".
 _EMOTICON = re.compile(rf"(?<![^\s\w.,!?…])(?<!\d)(?:{'|'.join(_LONGEST_FIRST)})(?![\w/])")
 
 _QUOTE = re.compile(r"(?:^.{1,200}\bwrote:[ \t]*\n)?(?:^[ \t]*>.*(?:\n|\Z))+", re.MULTILINE)
 _LINK = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]]", re.IGNORECASE)
-_ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+_ADDRESS = re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,9}")
 _MENTION = re.compile(r"(?<![\w@])@\w+")
 _SHORT_CODE = re.compile(r"(?<!\w):([a-z][a-z_+-]{1,40}):(?!\w)")
 _MAY_BE_EMOJI = re.compile(r"[\u203c-\u3299\U0001f000-\U0001faff]")

@@ -32,7 +32,7 @@ from ercbatch.errors import UsageError
 from ercbatch.journal import BEGINNING, Commit, Journal
 from ercbatch.output import Files
 from ercbatch.preflight import RunOptions
-from ercbatch.prompts import clean, template
+from ercbatch.prompts import template
 from ercbatch.records import Counts, Limits, Reject, dump_record, read_records
 from ercbatch.run import run_label
 from ercbatch.tokens import SegmentTokenizer
@@ -95,7 +95,7 @@ def utterances(count: int, draw: random.Random) -> int:
             )
             for words in (said, _MARK)
         )
-        content = tokenizer.content(clean(said), 400)
+        content = tokenizer.content(renderer.template.quote(said), 400, both_ends=True)
         assert not controls & set(content), (said, content)
         expected: list[int] = []
         at = 0
