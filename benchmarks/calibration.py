@@ -1,4 +1,4 @@
-"""What `export calibrate` on a few labelled dialogues gains in a domain that is new to a bundle.
+"""The gain of `export calibrate` with a few labelled dialogues of a new domain.
 
     python -m benchmarks.calibration [LABELS=]FILE --utterances 200 --draws 10
 
@@ -34,7 +34,7 @@ def error(logs: npt.NDArray[np.float64], gold: npt.NDArray[np.int64], temperatur
 
 
 def drawn(found: Predictions, utterances: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which predictions [n] belong to a draw of whole dialogues.
+    """Return the mask [n] of the predictions in a random draw of whole dialogues.
 
     Raises:
         UsageError: there are not enough dialogues to leave half of them to measure on.

@@ -1,4 +1,4 @@
-"""How good a bundle's labels are in each domain, beside two baselines.
+"""Metrics of a bundle's labels in several domains, beside two baselines.
 
     python -m benchmarks.domains RECIPE [LABELS=]FILE... --bundle mini
 
@@ -71,7 +71,7 @@ def row(name: str, labels: LabelSet, system: str, found: Evaluation, *, sure: bo
 
 
 def labelled(labeler: Labeler, dataset: Dataset, rewrite: Rewrite | None = None) -> Evaluation:
-    """What the bundle says of a dataset, with its texts rewritten."""
+    """Evaluate the bundle on a dataset, with its texts rewritten if `rewrite` is given."""
     if rewrite is not None:
         scenes = [replace(s, dialogue=_rewritten(s.dialogue, rewrite)) for s in dataset.scenes]
         dataset = replace(dataset, scenes=tuple(scenes))
@@ -130,7 +130,7 @@ class SentenceClassifier:
         self._model.fit(encoder.encode([texts[i] for i in kept]), y[kept])
 
     def evaluate(self, dataset: Dataset) -> Evaluation:
-        """What it says of a dataset."""
+        """Evaluate the classifier on a dataset."""
         texts, gold = gold_utterances(dataset)
         likely = self._model.predict_proba(self._encoder.encode(texts))
         best = self._model.classes_[likely.argmax(1)]
@@ -138,7 +138,7 @@ class SentenceClassifier:
 
 
 def majority(dataset: Dataset) -> Evaluation:
-    """What always naming the commonest gold label comes to."""
+    """Evaluate a system that always answers with the commonest gold label."""
     _, gold = gold_utterances(dataset)
     best = np.full_like(gold, np.bincount(gold).argmax())
     return evaluation(dataset.labels, gold, best, np.ones(len(gold)))

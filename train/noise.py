@@ -16,9 +16,9 @@ from ercbatch.dialogues import Dialogue
 
 _FILLERS = ("um", "uh", "like", "well", "you know", "i mean")
 _FILLER_SHARE = 0.03
-"""Of the words that a filler is put before."""
+"""Share of the words that get a filler before them."""
 _TYPO_SHARE = 0.04
-"""Of the words over three letters that get a typo."""
+"""Share of the words of more than three letters that get a typo."""
 _NOT_SPOKEN = re.compile(r"[^\w\s'’]|_")
 
 Rewrite = Callable[[str, np.random.Generator], str]
