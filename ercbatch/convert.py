@@ -162,6 +162,17 @@ def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
         yield {"id": name, "season": season, "episode": episode, "utterances": turns}
 
 
+def _tab_rows(path: Path, columns: int, expected: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, columns) of a file of tab-separated text without a header; blank lines are skipped."""
+    for line, row in enumerate(_text(path).split("\n"), start=1):
+        if not row.strip():
+            continue
+        found = row.rstrip("\r\t").split("\t")
+        if len(found) != columns:
+            raise InputError(f"{path}, line {line}: {expected}")
+        yield line, found
+
+
 def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
     """A comment with one emotion (beside neutral or not) gets it as its label.
 
@@ -170,13 +181,9 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
     """
     listed = path.with_name("labels.txt")
     names = tuple(_text(listed).split()) if listed.exists() else labels.labels
-    for line, row in enumerate(_text(path).split("\n"), start=1):
-        if not row.strip():
-            continue
+    expected = "not text, label numbers and id: is it GoEmotions' TSV?"
+    for line, columns in _tab_rows(path, 3, expected):
         where = f"{path}, line {line}"
-        columns = row.rstrip("\r").split("\t")
-        if len(columns) != 3:
-            raise InputError(f"{where}: not text, label numbers and id: is it GoEmotions' TSV?")
         numbers = [_number(part, where) for part in columns[1].split(",")]
         if any(not 0 <= number < len(names) for number in numbers):
             raise InputError(
@@ -208,13 +215,9 @@ def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
     is removed, because a model would learn it as the mark of an emotion. A line with several
     emotions has no `label`, and all of them in `labels`.
     """
-    for line, row in enumerate(_text(path).split("\n"), start=1):
-        if not row.strip():
-            continue
+    expected = "not text and label numbers: is it XED's TSV?"
+    for line, columns in _tab_rows(path, 2, expected):
         where = f"{path}, line {line}"
-        columns = row.rstrip("\r\t").split("\t")
-        if len(columns) != 2:
-            raise InputError(f"{where}: not text and label numbers: is it XED's TSV?")
         text, numbers = reversed(columns) if columns[0] == "9" else columns
         found = []
         for part in numbers.split(","):
