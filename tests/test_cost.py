@@ -21,8 +21,8 @@ from export.tiles import TILES
 MINI_NODES = 1224
 """Of the graph of the bundle in the package, outside products."""
 LAYER_NODES = 244
-"""Of a layer of a Llama in int8, outside products. One in each of the eight tiles is the floor
-under exponents (`export/attention.py`), which saves more time than it takes."""
+"""Nodes outside products in a layer of an int8 Llama. Each of the eight tiles has one for the floor
+under exponents (`export/attention.py`)."""
 TOKENS = 19.6
 """Computed for an utterance of the example, with what mini's prompts have beside it."""
 SCORES = 130
