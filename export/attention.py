@@ -18,10 +18,10 @@ def sum_softmax_in_double(graph: Graph) -> None:
     Vector units sum a row in lanes, so a float32 softmax is rounded by where its tokens stand among
     those that they do not see; int8 turns such a last bit into a whole step of an activation. The
     float64 sum of float32 exponentials, rounded to float32, is the same in any order, and so is the
-    product with the values, which goes along the row and adds zeros for what is not seen. Where
-    that product comes next, the division waits for it: it has fewer elements. (A column of ones
-    among the values would give the sum with that product, and faster; but a product so widened is
-    cut into other panels, and its sums then depend on the place.)
+    product with the values, which goes along the row and adds at most 2e-35 times each value that
+    is not seen. Where that product comes next, the division waits for it: it has fewer elements. (A
+    column of ones among the values would give the sum with that product, and faster; but a product
+    so widened is cut into other panels, and its sums then depend on the place.)
 
     Raises:
         ValueError: the graph has no softmax over its last axis.
