@@ -225,6 +225,11 @@ def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path
     assert done.returncode == 2
     assert "every run was fitted on its dialogue 2" in done.stderr
     assert not taught.exists()
+    done = python(*ask, "--labels", "meld", "--in-sample", tmp_path / "0")
+    assert done.returncode == 0, done.stderr
+    assert all(
+        "scores" in turn for turn in json.loads(taught.read_text().splitlines()[1])["utterances"]
+    )
     done = python(*ask, "--labels", "meld", tmp_path / "0", tmp_path / "1")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in taught.read_text().splitlines()]

@@ -177,8 +177,11 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
 @click.option("--labels", required=True, help="The label set to score.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSONL file.")
 @click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16.")
-def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: bool) -> None:
-    """Write what RUNS say of dialogues that they were not fitted on, as `scores`."""
+@click.option("--in-sample", is_flag=True, help="Ask RUNS about their own training dialogues too.")
+def teach(
+    runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: bool, in_sample: bool
+) -> None:
+    """Write the mean `scores` of RUNS for dialogues that they were not fitted on."""
     if output.exists() and output.samefile(data):
         raise click.UsageError(f"{output} is the data itself: choose another output")
     if not output.parent.is_dir():
@@ -187,7 +190,9 @@ def teach(runs: tuple[Path, ...], data: Path, labels: str, output: Path, bf16: b
     from train.teach import teach as write_scores
 
     with errors():
-        count = write_scores(runs, data, find_label_set(labels), output, _say, bfloat16=bf16)
+        count = write_scores(
+            runs, data, find_label_set(labels), output, _say, bfloat16=bf16, in_sample=in_sample
+        )
     _say(f"{output}: {count:,} dialogues")
 
 

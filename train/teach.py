@@ -1,7 +1,9 @@
 """Teaching: what trained runs say of dialogues, as `scores` for another run to learn from.
 
 A run's own training dialogues are no evidence: it has learnt their labels by heart, right or
-wrong. So about dialogues that a run was fitted on it is not asked. Runs that each left out
+wrong. So about dialogues that a run was fitted on it is not asked, unless `in_sample` says so: a
+run of few epochs with LoRA has not learnt them all by heart, and one run for all of the data costs
+half of what two folds cost. Runs that each left out
 another fold together speak of the whole dataset (cross-fitting), and of any other one all of them
 do, which is how unlabelled dialogues, or those of another label set, come into training
 (knowledge distillation, arXiv 1503.02531). What a run's base was fitted on before is not known
@@ -41,11 +43,13 @@ def teach(
     report: Callable[[str], None],
     *,
     bfloat16: bool = False,
+    in_sample: bool = False,
 ) -> int:
-    """Write the dialogues of `source` with the runs' mean `scores`; how many they are.
+    """Write the dialogues of `source` with the runs' mean `scores`, and return their number.
 
     Raises:
-        UsageError: a dialogue that every run was fitted on, under this label set.
+        UsageError: a dialogue that every run was fitted on, under this label set, and not
+            `in_sample`.
         InputError: a bad line in `source`.
     """
     dialogues = [dialogue for _, dialogue in read_dialogues(source)]
@@ -54,7 +58,11 @@ def teach(
     teachers = np.zeros(len(dialogues), dtype=int)
     for folder in runs:
         run = load_run(folder)
-        asked = [n for n, d in enumerate(dialogues) if not _fitted_on(run, sha256, labels, n, d)]
+        asked = [
+            n
+            for n, d in enumerate(dialogues)
+            if in_sample or not _fitted_on(run, sha256, labels, n, d)
+        ]
         report(f"{folder}: {len(asked):,} of {len(dialogues):,} dialogues")
         teachers[asked] += 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +74,7 @@ def teach(
     if not teachers.all():
         raise UsageError(
             f"{source}: every run was fitted on its dialogue {int(teachers.argmin()) + 1}: add a "
-            "run that left it out (`leave_out` in its recipe)"
+            "run that left it out (`leave_out` in its recipe), or ask with --in-sample"
         )
     with output.open("wb") as file:
         for dialogue, rows, count in zip(dialogues, sums, teachers, strict=True):
