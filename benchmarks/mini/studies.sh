@@ -4,11 +4,12 @@
 #   bash benchmarks/mini/studies.sh WORK [STEP...]
 #
 # WORK is a folder where train/mini/make.sh has made `base`, `encoder` and the datasets. Without any
-# STEP all are run, in the order below. What is finished in WORK is not run again.
+# STEP all are run, in the order below. What is finished in WORK is not run again. The step `curve` trains from
+# WORK/averaged, which make.sh makes too.
 set -euo pipefail
 work=$1
 steps=("${@:2}")
-[ $# -gt 1 ] || steps=(base lora ablation lora-vs-full demos)
+[ $# -gt 1 ] || steps=(base lora ablation lora-vs-full demos curve)
 here=$(cd "$(dirname "$0")" && pwd)
 cp "$here"/*.toml "$work"
 export PYTHONPATH="$(realpath "$here/../..")"
@@ -17,6 +18,16 @@ cd "$work"
 fit() { python -m train fit "$@" --bf16 --resume; }
 study() { python -m benchmarks.studies "$1" study.toml -o studies --bf16 "${@:2}" | tee "study-$1.txt"; }
 
+# Train 5-domains.toml with some of the written dialogues: evenly spaced ones, as each setting has its lines together.
+curve() { # NUMBER
+    local all
+    all=$(wc -l < written-train.jsonl)
+    awk -v n="$1" -v all="$all" 'int(NR * n / all) > int((NR - 1) * n / all)' written-train.jsonl > "written-$1.jsonl"
+    sed "s/written-train/written-$1/" 5-domains.toml > "curve-$1.toml"
+    [ "$1" != 0 ] || sed -i -z 's/\[\[train\]\]\npath = "written-0[^[]*//' curve-0.toml
+    fit "curve-$1.toml" -o "curve-$1" --epochs 2 --set learning_rate=1.2e-4 --set demonstrations=0
+}
+
 for step in "${steps[@]}"; do
     case $step in
         base) fit study-base.toml -o study-base ;;
@@ -24,6 +35,7 @@ for step in "${steps[@]}"; do
         ablation) study ablation --fraction 0.1667 --epochs 3 ;;
         lora-vs-full) study lora-vs-full --fraction 0.125 --epochs 4 ;;
         demos) study demos --fraction 0.1667 --epochs 3 --set 'tasks=["emotion"]' ;;
+        curve) for written in 0 250 500 1000 2000; do curve "$written"; done ;;
         *) echo "no step $step" >&2; exit 2 ;;
     esac
 done
