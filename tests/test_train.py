@@ -276,6 +276,22 @@ def test_soft_targets_mix_scores_and_label(tmp_path: Path) -> None:
     assert dict(zip(labels, scene.targets[0].tolist(), strict=True)) == pytest.approx(expected)
 
 
+def test_scores_of_another_set_with_the_same_labels_are_learnt(tmp_path: Path) -> None:
+    scores = {label: 0.4 if label == "sadness" else 0.1 for label in label_set("ekman").labels}
+    path = tmp_path / "d.jsonl"
+
+    def target() -> list[float]:
+        path.write_text(json.dumps({"utterances": [{"text": "It's gone.", "scores": scores}]}))
+        (scene,) = read_dataset(Source(str(path), "meld", soft=1.0)).scenes
+        assert scene.targets[0] is not None
+        return scene.targets[0].tolist()
+
+    assert target()[label_set("meld").index("sad")] == pytest.approx(0.4)
+    scores["joyful"] = scores["joy"]  # one label by two names
+    with pytest.raises(InputError, match="no `scores` over the label set meld"):
+        target()
+
+
 def test_the_average_of_runs_has_their_mean_weights(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -137,17 +137,20 @@ def one_hot(index: int, size: int) -> Target:
 
 
 def _scores(value: object, labels: LabelSet, place: str) -> Target:
-    if not isinstance(value, Mapping) or set(value) != set(labels.labels):
+    """The target that `scores` describe. Their keys may be any known spelling of the labels."""
+    named = value if isinstance(value, Mapping) else {}
+    known = {labels.canonical(name): score for name, score in named.items()}
+    if len(known) != len(named) or set(known) != set(labels.labels):
         raise InputError(
             f"{place}: an utterance has no `scores` over the label set {labels.name}: "
             "run `python -m train teach` first"
         )
     try:
-        scores = np.array([value[label] for label in labels.labels], dtype=np.float32)
+        scores = np.array([known[label] for label in labels.labels], dtype=np.float32)
     except (TypeError, ValueError):
         scores = np.full(len(labels), np.nan, dtype=np.float32)
     if not np.isfinite(scores).all():
-        raise InputError(f"{place}: `scores` has what is no number: run `python -m train teach`")
+        raise InputError(f"{place}: `scores` must be numbers: run `python -m train teach`")
     return scores
 
 
