@@ -1,13 +1,14 @@
 """Teaching: what trained runs say of dialogues, as `scores` for another run to learn from.
 
 A run's own training dialogues are no evidence: it has learnt their labels by heart, right or
-wrong. So about dialogues that a run was fitted on it is not asked, unless `in_sample` says so: a
-run of few epochs with LoRA has not learnt them all by heart, and one run for all of the data costs
-half of what two folds cost. Runs that each left out
+wrong. So about dialogues that a run was fitted on it is not asked. Runs that each left out
 another fold together speak of the whole dataset (cross-fitting), and of any other one all of them
 do, which is how unlabelled dialogues, or those of another label set, come into training
 (knowledge distillation, arXiv 1503.02531). What a run's base was fitted on before is not known
 here: a base that has seen the folds makes what the runs say of them too sure.
+
+With `in_sample` a run is asked about its own training dialogues too. One run of a few LoRA epochs
+on all of the data is cheaper than one run for each fold. Its scores partly repeat the labels.
 """
 
 from __future__ import annotations

