@@ -15,6 +15,8 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "macro_f1": ("macro F1: the plain mean of the labels' F1", "{:.2%}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "log_loss": ("log loss: mean −ln of the gold label's probability, uncalibrated", "{:.4f}"),
+    "calibration_error": ("calibration error with the temperature of its label set", "{:.3f}"),
+    "calibration_weight": ("its weight in the fit of that temperature", "{:.0%}"),
     "weighted_f1_with_demonstrations": ("weighted F1 with three demonstrations shown", "{:.2%}"),
     "weighted_f1_original": ("weighted F1 of the model as it was trained", "{:.2%}"),
     "macro_f1_original": ("its macro F1", "{:.2%}"),

@@ -192,6 +192,12 @@ def bundle(
     metavar="SET=FILE",
     help="A label set of the bundle and dialogues labelled with it (meld=dev.jsonl); repeatable.",
 )
+@click.option(
+    "--measure",
+    multiple=True,
+    metavar="SET=FILE",
+    help="Dialogues to measure on, without calibrating on them; repeatable.",
+)
 @click.option("--name", help="The new bundle's name; default: as it is.")
 @click.option("--turns", type=click.IntRange(0), help="Earlier turns in view; default: as it is.")
 @click.option(
@@ -204,6 +210,7 @@ def calibrate(
     bundle_name: str,
     output: Path,
     given: tuple[str, ...],
+    measure: tuple[str, ...],
     name: str | None,
     turns: int | None,
     stride: int | None,
@@ -214,20 +221,21 @@ def calibrate(
     from export.bundle import summary
     from export.recalibrate import recalibrate
 
-    sources = []
-    for text in given:
-        labels, equals, path = text.partition("=")
-        if not equals:
-            raise click.UsageError(f"--valid {text}: give it as SET=FILE, such as meld=dev.jsonl")
-        if not Path(path).is_file():
-            raise click.UsageError(f"--valid {text}: there is no file {path}")
-        sources.append((labels, Path(path)))
+    sources = [_labelled("--valid", text) for text in given]
+    only_measured = [_labelled("--measure", text) for text in measure]
     with errors(), stoppable():
         opened = open_bundle(find_bundle(bundle_name))
         info = recalibrate(
-            opened, sources, output, name=name, turns=turns, stride=stride, force=force
+            opened,
+            sources,
+            output,
+            only_measured=only_measured,
+            name=name,
+            turns=turns,
+            stride=stride,
+            force=force,
         )
-    click.echo(summary(info, output, {labels for labels, _ in sources}))
+    click.echo(summary(info, output, {labels for labels, _ in (*sources, *only_measured)}))
 
 
 @main.command()
@@ -245,6 +253,16 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     with errors(), stoppable():
         write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
+
+
+def _labelled(option: str, text: str) -> tuple[str, Path]:
+    """The label set and the file of an option's SET=FILE."""
+    labels, equals, path = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"{option} {text}: give it as SET=FILE, such as meld=dev.jsonl")
+    if not Path(path).is_file():
+        raise click.UsageError(f"{option} {text}: there is no file {path}")
+    return labels, Path(path)
 
 
 def _say(text: str) -> None:

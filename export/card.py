@@ -27,6 +27,11 @@ _LICENCES = frozenset(
     "llama3.3 llama4 gemma unknown".split()
 )
 """Of Hugging Face's licence identifiers, those that language models and dialogues come under."""
+_ELSEWHERE = (
+    "Nothing else was measured: not other kinds of conversation, nor other languages. "
+    "`ercbatch evaluate` measures a labelled file that has gold labels, and "
+    "`python -m export calibrate` fits the confidences to your own dialogues."
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -97,6 +102,7 @@ def card(info: BundleInfo) -> str:
         rows += [f"### {name}", ""]
         told = [[FIGURES.get(k, (k,))[0], figure(k, v)] for k, v in figures.items()]
         rows += _table(["figure", "value"], told)
+    rows += [_ELSEWHERE, ""]
     for name, found in info.calibration.items():
         rows += [f"## How far to trust a confidence: {name}", "", *_calibration(found)]
     return "\n".join(rows).rstrip() + "\n"

@@ -105,7 +105,8 @@ def temperatures(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, floa
 def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
     """The calibration of one label set, over all validation data that has it.
 
-    The `temperature` is fitted on all of it. The calibration errors, and the table of what can be
+    The `temperature` is fitted on all of it. Each dataset has the same weight in the fit, whatever
+    its size, so that no domain decides alone. The calibration errors, and the table of what can be
     answered at which risk, are those of temperatures that were fitted on other dialogues; where
     gold labels are no likelier for these, there is nothing to mend, and the temperature is 1. The
     error of few utterances is never zero: `error_if_perfect` is what it would be on as many, were
@@ -114,12 +115,14 @@ def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
     gold = np.concatenate([p.gold for p in predictions])
     logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
     fold = np.concatenate([p.dialogue % _FOLDS for p in predictions])
+    weights = np.concatenate([np.full(len(p.gold), 1 / max(1, len(p.gold))) for p in predictions])
     after = np.zeros_like(logs)
     for part in range(_FOLDS):
         held = fold == part
-        after[held] = calibrated(logs[held], fit_temperature(logs[~held], gold[~held]))
-    temperature = fit_temperature(logs, gold)
-    if _likelihood(after, gold) <= _likelihood(calibrated(logs, 1.0), gold):
+        temperature = fit_temperature(logs[~held], gold[~held], weights[~held])
+        after[held] = calibrated(logs[held], temperature)
+    temperature = fit_temperature(logs, gold, weights)
+    if _likelihood(after, gold, weights) <= _likelihood(calibrated(logs, 1.0), gold, weights):
         temperature, after = 1.0, calibrated(logs, 1.0)
     right = after.argmax(1) == gold
     return {
@@ -133,6 +136,11 @@ def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
             asdict(recommend(after.max(1), right, precision)) for precision in PRECISIONS
         ],
     }
+
+
+def calibration_error(found: Predictions, temperature: float) -> float:
+    """The calibration error of one dataset's answers at a temperature."""
+    return _error(calibrated(np.log(found.probabilities.clip(1e-12)), temperature), found.gold)
 
 
 def _error(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
@@ -164,18 +172,24 @@ def recommend(confidence: Floats, right: npt.NDArray[np.bool_], precision: float
     return Recommendation(precision)
 
 
-def _likelihood(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
-    """The mean log probability of gold labels."""
-    return float(np.log(probabilities[np.arange(len(gold)), gold].clip(1e-12)).mean())
+def _likelihood(
+    probabilities: Floats, gold: npt.NDArray[np.int64], weights: Floats | None
+) -> float:
+    """The mean log probability of gold labels [n], with weights [n] or without."""
+    likely = probabilities[np.arange(len(gold)), gold].clip(1e-12)
+    return float(np.average(np.log(likely), weights=weights)) if len(gold) else 0.0
 
 
-def fit_temperature(logs: Floats, gold: npt.NDArray[np.int64]) -> float:
+def fit_temperature(
+    logs: Floats, gold: npt.NDArray[np.int64], weights: Floats | None = None
+) -> float:
     """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels].
 
-    1 where there are none.
+    `weights` [n] say how much each utterance counts; without them all count the same. The
+    temperature is 1 where there are no labels.
     """
     if not len(gold):
         return 1.0
     grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
-    likelihoods = [_likelihood(calibrated(logs, float(t)), gold) for t in grid]
+    likelihoods = [_likelihood(calibrated(logs, float(t)), gold, weights) for t in grid]
     return round(float(grid[int(np.argmax(likelihoods))]), 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,14 @@ from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
 from export.card import write_card
 from export.measure import measured_names, with_demonstrations
-from export.proof import UNCOMPARED, UNMEASURED, calibrate_sets, rounded, temperatures
+from export.proof import (
+    UNCOMPARED,
+    UNMEASURED,
+    calibrate_sets,
+    calibration_error,
+    rounded,
+    temperatures,
+)
 from train.datasets import read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
@@ -26,6 +34,7 @@ def recalibrate(
     given: Sequence[tuple[str, Path]],
     folder: Path,
     *,
+    only_measured: Sequence[tuple[str, Path]] = (),
     name: str | None = None,
     turns: int | None = None,
     stride: int | None = None,
@@ -33,17 +42,18 @@ def recalibrate(
 ) -> BundleInfo:
     """Write the bundle with temperatures, figures and card from labelled dialogues.
 
-    `given` are names of its label sets, and files of dialogues that have these labels. The other
-    label sets keep what they have, and by default the bundle its `name` and its window of so many
-    earlier `turns` that moves by `stride`. With another window the other label sets keep their
-    temperatures, but no figures, since those were measured with the old one.
+    `given` are names of its label sets, and files of dialogues that have these labels. Dialogues
+    `only_measured` have no part in the temperatures. The other label sets keep what they have. By
+    default the bundle keeps its `name`, and its window of so many earlier `turns` that moves by
+    `stride`. With another window the other label sets keep their temperatures, but no figures,
+    since those were measured with the old one.
 
     Raises:
         InputError: the dialogues have no labels, or labels outside the set.
         UsageError: the bundle has no such label set, a window out of range, or `folder` exists.
         OutputError: it cannot be written.
     """
-    read = [bundle.folder, *(path for _, path in given)]
+    read = [bundle.folder, *(path for _, path in (*given, *only_measured))]
     check_output(folder, files.MANIFEST, force=force, inputs=read)
     old = bundle.info.window
     window = replace(
@@ -54,11 +64,12 @@ def recalibrate(
     bundle = replace(bundle, info=replace(bundle.info, window=window))
     datasets = [
         read_dataset(Source(str(path), labels), bundle.info.label_set(labels))
-        for labels, path in given
+        for labels, path in (*given, *only_measured)
     ]
+    titles = measured_names(datasets)
     quality: dict[str, Any] = {}
     said: list[tuple[str, Predictions]] = []
-    for title, dataset in zip(measured_names(datasets), datasets, strict=True):
+    for title, dataset in zip(titles, datasets, strict=True):
         labeler = Labeler(bundle, label_set=dataset.labels.name, demonstrations=0)
         engine = replace(labeler.engine, temperature=1.0)
         found = predict(engine, dataset)
@@ -68,7 +79,13 @@ def recalibrate(
             retriever = open_retriever(bundle, available_threads())
             figures |= with_demonstrations(engine, dataset, retriever)
         quality[title] = rounded(figures)
-    calibration = calibrate_sets(said)
+    calibration = calibrate_sets(said[: len(given)])
+    fitted = {**bundle.info.temperatures, **temperatures(calibration)}
+    parts = Counter(labels for labels, _ in given)
+    for number, (title, (labels, found)) in enumerate(zip(titles, said, strict=True)):
+        quality[title]["calibration_error"] = calibration_error(found, fitted.get(labels, 1.0))
+        weight = 1 / parts[labels] if number < len(given) else 0.0
+        quality[title]["calibration_weight"] = round(weight, 4)
     # A figure's name begins with its label set.
     anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
     same = window == old
@@ -80,7 +97,7 @@ def recalibrate(
         accepted_loss=lost,
         quality={**kept, **quality},
         calibration={**(bundle.info.calibration if same else {}), **calibration},
-        temperatures={**bundle.info.temperatures, **temperatures(calibration)},
+        temperatures=fitted,
     )
 
     def fill(part: Path) -> BundleInfo:

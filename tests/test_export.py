@@ -356,6 +356,17 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
+    # Dialogues that are only measured leave the temperature as it is.
+    aside = python(
+        *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "aside"),
+        *("--valid", f"meld={VALID}", "--measure", f"meld={CHAT}"),
+    )
+    assert aside.returncode == 0, aside.stderr
+    found = read_info(tmp_path / "aside")
+    assert found.temperatures == after.temperatures
+    weights = {name: figures["calibration_weight"] for name, figures in found.quality.items()}
+    assert weights == {"meld, labelled_chat_valid": 1.0, "meld, labelled_chat": 0.0}
+    assert all(figures["calibration_error"] > 0 for figures in found.quality.values())
     # With another window, what was measured with the old one is said no more.
     moved = python(
         *("-m", "export", "calibrate", "mini", "-o", tmp_path / "moved", "--turns", "3"),

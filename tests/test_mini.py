@@ -17,6 +17,7 @@ from conftest import EXAMPLES, ROOT, cli, write_gguf, write_model, write_sentenc
 MELD = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 EMORY = ("Neutral", "Joyful", "Peaceful", "Powerful", "Mad", "Sad", "Scared")
 CHAT = ("Happy", "Neutral", "Sad", "Angry", "Fearful", "Disgusted", "Surprised")
+MAKE = ROOT / "train" / "mini" / "make.sh"
 SAID = ("the parcel is gone", "oh no, where is my train", "yes, thank you", "who was here now")
 
 
@@ -79,10 +80,10 @@ def write_rows(path: Path, names: list[str], rows: Iterator[list[object]], ones:
 
 def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
     minilm = write_sentence_encoder(tmp_path / "minilm")
-    smollm2 = write_gguf(tmp_path / "smollm2.gguf", write_model(tmp_path / "llama", "llama"))
+    llama = write_gguf(tmp_path / "llama.gguf", write_model(tmp_path / "llama", "llama"))
     work = tmp_path / "work"
     done = subprocess.run(
-        ["bash", ROOT / "train" / "mini" / "make.sh", data, minilm, smollm2, work, "--accept-loss"],
+        ["bash", MAKE, data, minilm, llama, llama, work, "--accept-loss"],
         env={
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -94,7 +95,7 @@ def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("student", "longer", "domains"):
+    for name in ("student", "longer", "larger", "domains"):
         run = json.loads((work / name / "run.json").read_text())
         assert len(run["epochs"]) == run["recipe"]["epochs"]
     assert json.loads((work / "averaged" / "run.json").read_text())["averaged"] == [

