@@ -214,6 +214,9 @@ def _say(text: str) -> None:
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As `train fit` has it."
 )
+@click.option(
+    "--variant", "only", multiple=True, metavar="NAME", help="Only this variant; repeatable."
+)
 @click.option("--bf16/--no-bf16", default=None)
 def main(
     name: str,
@@ -224,6 +227,7 @@ def main(
     epochs: int | None,
     fraction: float | None,
     settings: tuple[str, ...],
+    only: tuple[str, ...],
     bf16: bool | None,
 ) -> None:
     """Run the study NAME on the recipe in RECIPE_FILE."""
@@ -234,6 +238,11 @@ def main(
         if "emotion" not in recipe.tasks:
             raise UsageError("a study compares emotions: have them among the recipe's tasks")
         variants = STUDIES[name](recipe)
+        for variant in only:
+            if variant not in variants:
+                known = ", ".join(map(repr, variants))
+                raise UsageError(f"{name} has no variant {variant!r}: choose from {known}")
+        variants = {v: one for v, one in variants.items() if not only or v in only}
         outcomes = {
             variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)
             for variant, one in variants.items()

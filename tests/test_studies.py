@@ -42,6 +42,11 @@ def test_a_study_is_a_table_and_goes_on_where_it_stopped(recipe_file: Path, tmp_
         assert found[name]["gaps"][str(run["kept"])][1] == pytest.approx(gap)
         assert (run["recipe"]["method"] == "full") == (name == "full")
     assert "±" in second.stdout
+    one = python(*ask, "2", "--variant", "full")
+    assert list(json.loads(one.stdout.splitlines()[-1])["variants"]) == ["full"]
+    unknown = python(*ask, "2", "--variant", "both")
+    assert unknown.returncode == 2
+    assert "has no variant 'both': choose from 'LoRA', 'full'" in unknown.stderr
     other = python(*ask, "1", "--epochs", "2")
     assert other.returncode == 2
     assert "trained by another recipe" in other.stderr
