@@ -60,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     for t in range(4)
                 ]
             }
-            for d in range(4)
+            for d in range(5)
         }
         (folder / "topical_chat" / f"valid_{split}.json").write_text(json.dumps(chats))
     return folder
@@ -95,7 +95,7 @@ def test_make_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("student", "longer", "larger", "domains"):
+    for name in ("student", "longer", "larger", "domains", "last"):
         run = json.loads((work / name / "run.json").read_text())
         assert len(run["epochs"]) == run["recipe"]["epochs"]
     assert json.loads((work / "averaged" / "run.json").read_text())["averaged"] == [
