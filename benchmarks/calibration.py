@@ -3,34 +3,27 @@
     python -m benchmarks.calibration [LABELS=]FILE --utterances 200 --draws 10
 
 Each draw takes dialogues until they hold that many labelled utterances, fits the temperature on
-them as `export calibrate` does, and measures the calibration error on all other dialogues.
+them as `export calibrate` does, and measures all other dialogues. `--label-shift` is as there.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from statistics import mean, pstdev
 
 import click
 import numpy as np
 import numpy.typing as npt
 
 from ercbatch.errors import UsageError
-from ercbatch.evaluate import expected_calibration_error
 from ercbatch.labeler import Labeler
-from ercbatch.scoring import calibrated
 from ercbatch.stopping import errors
-from export.proof import fit_temperature
+from export.proof import Scaling, calibration_error, fit_label_shift, fit_temperature, scaled
 from train.datasets import read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
-
-
-def error(logs: npt.NDArray[np.float64], gold: npt.NDArray[np.int64], temperature: float) -> float:
-    """The calibration error of log probabilities [n, labels] at a temperature."""
-    likely = calibrated(logs, temperature)
-    return expected_calibration_error(likely.max(1), likely.argmax(1) == gold)
 
 
 def drawn(found: Predictions, utterances: int, seed: int) -> npt.NDArray[np.bool_]:
@@ -47,33 +40,41 @@ def drawn(found: Predictions, utterances: int, seed: int) -> npt.NDArray[np.bool
     return np.isin(found.dialogue, order[:count])
 
 
+def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Figure -> mean and standard deviation over the rows."""
+    values = {figure: [row[figure] for row in rows] for figure in rows[0]}
+    return {figure: (round(mean(v), 4), round(pstdev(v), 4)) for figure, v in values.items()}
+
+
 @click.command()
 @click.argument("file")
 @click.option("--bundle", default="mini", show_default=True, help="Bundle to measure.")
 @click.option("--utterances", default=200, show_default=True, help="Labelled ones in a draw.")
 @click.option("--draws", default=10, show_default=True)
-def main(file: str, bundle: str, utterances: int, draws: int) -> None:
-    """Print the calibration error before and after, for each draw and in the mean."""
+@click.option("--label-shift", is_flag=True, help="As `export calibrate` has it.")
+def main(file: str, bundle: str, utterances: int, draws: int, label_shift: bool) -> None:
+    """Print the figures of all other dialogues before and after, in the mean of the draws."""
     with errors():
         labels, _, path = file.rpartition("=")
         labeler = Labeler(bundle, label_set=labels or None, demonstrations=0)
-        shipped = labeler.engine.temperature
+        shipped = Scaling(labeler.engine.temperature, labeler.engine.offsets)
         dataset = read_dataset(Source(path, labeler.labels.name), labeler.labels)
-        found = predict(replace(labeler.engine, temperature=1.0), dataset)
-        logs = np.log(found.probabilities.clip(1e-12))
-        rows = []
+        found = predict(replace(labeler.engine, temperature=1.0, offsets=()), dataset)
+        fit = fit_label_shift if label_shift else fit_temperature
+        rows: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
         for seed in range(draws):
             taken = drawn(found, utterances, seed)
-            temperature = fit_temperature(logs[taken], found.gold[taken])
-            before = error(logs[~taken], found.gold[~taken], shipped)
-            after = error(logs[~taken], found.gold[~taken], temperature)
-            rows.append((before, after))
-            print(f"draw {seed}: temperature {temperature:.2f}, error {before:.4f} -> {after:.4f}")
-        before, after = np.mean(rows, axis=0)
-        spread = float(np.std([after for _, after in rows]))
-        print(f"mean: {before:.4f} -> {after:.4f} ± {spread:.4f} ({Path(path).stem})")
-        summary = {"before": before, "after": after, "spread": spread, "temperature": shipped}
-        print(json.dumps({name: round(float(value), 4) for name, value in summary.items()}))
+            own, others = found.where(taken), found.where(~taken)
+            fitted = fit(np.log(own.probabilities.clip(1e-12)), own.gold)
+            for name, scaling in (("before", shipped), ("after", fitted)):
+                answers = scaled(others, scaling)
+                error = calibration_error(answers)
+                rows[name].append({**answers.figures(), "calibration_error": error})
+        summary = {name: _spread(each) for name, each in rows.items()}
+        for name, figures in summary.items():
+            told = ", ".join(f"{k.replace('_', ' ')} {m} ± {s}" for k, (m, s) in figures.items())
+            print(f"{name}: {told}")
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -35,11 +35,12 @@ from ercbatch.labels import LabelSet
 from ercbatch.tokens import ControlTokens
 from ercbatch.tree import Window
 
-FORMAT = "1.3"
+FORMAT = "1.4"
 """Version of the format: another major number is refused, a newer minor one too.
 
 1.1 adds `form`, `architecture`, `calibration` and `accepted_loss`. 1.2: graphs may have attention
 in tiles, and take more inputs. 1.3: `bundle.json` has a digest of itself.
+1.4 adds `label_offsets`.
 """
 
 RUNTIMES = {
@@ -117,6 +118,9 @@ class BundleInfo:
     licence: str
     quality: Mapping[str, Any]
     """Figures measured with this very bundle."""
+    label_offsets: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    """Label set name -> label -> what is added to its log probability after the temperature, where
+    `export calibrate --label-shift` fitted it."""
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Label set name -> how far confidences can be trusted: see `python -m export`."""
     accepted_loss: tuple[str, ...] = ()
@@ -141,6 +145,11 @@ class BundleInfo:
         names = ", ".join(labels.name for labels in self.label_sets)
         raise UsageError(f"bundle {self.name!r} has no label set {name!r}: choose from {names}")
 
+    def offsets(self, labels: LabelSet) -> tuple[float, ...]:
+        """What is added to the log probability of each label; empty where nothing was fitted."""
+        fitted = self.label_offsets.get(labels.name)
+        return tuple(fitted.get(label, 0.0) for label in labels.labels) if fitted else ()
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `bundle.json` holds them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -159,9 +168,13 @@ class BundleInfo:
         Raises:
             KeyError, TypeError, ValueError, UsageError: a missing or odd value.
         """
-        # Format 1.0 had none of these.
+        # Earlier formats had none of these.
         before = {"form": "fp32" if string(value["quantization"]).startswith("none") else "int8"}
-        value = {"architecture": {}, "calibration": {}, "accepted_loss": [], **before, **value}
+        value = {
+            **{"architecture": {}, "calibration": {}, "accepted_loss": [], "label_offsets": {}},
+            **before,
+            **value,
+        }
         texts = ("name", "version", "template", "form", "quantization", "base", "licence", "format")
         values: dict[str, Any] = {name: string(value[name]) for name in texts}
         printable_string(values["name"])
@@ -174,6 +187,10 @@ class BundleInfo:
         values["window"] = Window(**{k: integer(v) for k, v in mapping(value["window"]).items()})
         values["temperatures"] = {
             name: number(t, 0.01, 100) for name, t in mapping(value["temperatures"]).items()
+        }
+        values["label_offsets"] = {
+            name: {label: number(b, -100, 100) for label, b in mapping(offsets).items()}
+            for name, offsets in mapping(value["label_offsets"]).items()
         }
         values["data"] = strings(value["data"])
         values["accepted_loss"] = strings(value["accepted_loss"])

@@ -111,6 +111,7 @@ class Labeler:
             pack_tokens=min(info.pack_tokens, LONGEST_PACK) if onnx else info.pack_tokens,
             retriever=open_retriever(bundle, threads).restricted(self.labels) if count else None,
             demonstrations=count,
+            offsets=info.offsets(self.labels),
         )
 
     def options(self) -> dict[str, str | int | float | bool]:

@@ -203,6 +203,8 @@ class Engine:
     pack_tokens: int
     retriever: Retriever | None = None
     demonstrations: int = 0
+    offsets: tuple[float, ...] = ()
+    """Added to each label's log probability after the temperature; none, or one a label."""
 
     def run(
         self, items: Iterable[tuple[T, Dialogue | None]]
@@ -241,7 +243,9 @@ class Engine:
             return step.begun, step.owners, []
         with foreign_errors(BundleError, "the model is not what it should be", _MEND):
             found = list(self.scorer.answers(step.pack, self.renderer.trie))
-        answers = [(owner, t, calibrated(logs, self.temperature)) for owner, t, logs in found]
+        answers = [
+            (owner, t, calibrated(logs, self.temperature, self.offsets)) for owner, t, logs in found
+        ]
         return step.begun, step.owners, answers
 
     def _packs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -69,10 +69,18 @@ class StateScorer(Scorer):
 
 
 def calibrated(
-    log_probabilities: npt.NDArray[np.float64], temperature: float
+    log_probabilities: npt.NDArray[np.float64],
+    temperature: float,
+    offsets: Sequence[float] = (),
 ) -> npt.NDArray[np.float64]:
-    """Probabilities [..., labels] after temperature scaling (Guo et al. 2017)."""
+    """Probabilities [..., labels] after temperature scaling (Guo et al. 2017).
+
+    With `offsets`, one for each label, it is bias-corrected temperature scaling (Alexandari et al.
+    2020), which also moves labels towards what is common in other data.
+    """
     scaled = log_probabilities / temperature
+    if len(offsets):
+        scaled = scaled + np.asarray(offsets)
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     odds = np.exp(scaled)
     return np.asarray(odds / odds.sum(axis=-1, keepdims=True))

@@ -198,6 +198,11 @@ def bundle(
     metavar="SET=FILE",
     help="Dialogues to measure on, without calibrating on them; repeatable.",
 )
+@click.option(
+    "--label-shift",
+    is_flag=True,
+    help="Fit how common each label is in your dialogues too. This changes labels.",
+)
 @click.option("--name", help="The new bundle's name; default: as it is.")
 @click.option("--turns", type=click.IntRange(0), help="Earlier turns in view; default: as it is.")
 @click.option(
@@ -211,6 +216,7 @@ def calibrate(
     output: Path,
     given: tuple[str, ...],
     measure: tuple[str, ...],
+    label_shift: bool,
     name: str | None,
     turns: int | None,
     stride: int | None,
@@ -230,6 +236,7 @@ def calibrate(
             sources,
             output,
             only_measured=only_measured,
+            label_shift=label_shift,
             name=name,
             turns=turns,
             stride=stride,

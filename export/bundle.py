@@ -32,7 +32,15 @@ from export.card import write_card
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.measure import Measured, Questions, Say, measure, with_demonstrations
 from export.model import fitting_dtype, traced_attention
-from export.proof import UNMEASURED, Limits, calibrate_sets, compare, losses, temperatures
+from export.proof import (
+    UNMEASURED,
+    Limits,
+    calibrate_sets,
+    calibration_figures,
+    compare,
+    losses,
+    temperatures,
+)
 from export.targets import SAFE_TARGET
 from train.recipe import Source
 from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
@@ -291,7 +299,7 @@ def _prove(
         info,
         quality=quality,
         accepted_loss=tuple(lost),
-        calibration=calibration,
+        calibration=calibration_figures(calibration),
         temperatures=temperatures(calibration),
     )
 

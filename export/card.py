@@ -103,6 +103,9 @@ def card(info: BundleInfo) -> str:
         told = [[FIGURES.get(k, (k,))[0], figure(k, v)] for k, v in figures.items()]
         rows += _table(["figure", "value"], told)
     rows += [_ELSEWHERE, ""]
+    for name, offsets in info.label_offsets.items():
+        shifts = ", ".join(f"{label} {offset:+.2f}" for label, offset in offsets.items())
+        rows += [f"Added to the log probabilities of `{name}`: {shifts}.", ""]
     for name, found in info.calibration.items():
         rows += [f"## How far to trust a confidence: {name}", "", *_calibration(found)]
     return "\n".join(rows).rstrip() + "\n"

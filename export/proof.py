@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch.nn.functional import cross_entropy
 
 from ercbatch.evaluate import coverage_points, expected_calibration_error
 from ercbatch.scoring import calibrated
@@ -18,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 _FOLDS = 5
 """Parts of the validation dialogues; each is calibrated with what the others gave."""
 _DRAWS = 200
+_SHRINKAGE = 4.0
+"""How much offsets of labels are held back: `docs/results.md` has what others came to."""
 PRECISIONS = (0.8, 0.9, 0.95)
 """For which a least confidence is recommended."""
 _FEWEST = 30
@@ -89,58 +93,104 @@ def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
     return found
 
 
-def calibrate_sets(found: Iterable[tuple[str, Predictions]]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What turns log probabilities into confidences: see `ercbatch.scoring.calibrated`."""
+
+    temperature: float = 1.0
+    offsets: tuple[float, ...] = ()
+
+    def __call__(self, logs: Floats) -> Floats:
+        """Probabilities [n, labels] of log probabilities [n, labels]."""
+        return calibrated(logs, self.temperature, self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The calibration of one label set over all validation data that has it."""
+
+    scaling: Scaling
+    """Fitted on all of it: what the bundle gets."""
+    figures: dict[str, Any]
+    """As `bundle.json` and the card have them."""
+    predictions: list[Predictions]
+    """The datasets', each scaled by what was fitted on other dialogues."""
+
+
+def calibrate_sets(
+    found: Iterable[tuple[str, Predictions]], *, label_shift: bool = False
+) -> dict[str, Calibrated]:
     """Label set -> its calibration, from (label set, what is said of a dataset that has it)."""
     alike: dict[str, list[Predictions]] = {}
     for labels, predictions in found:
         alike.setdefault(labels, []).append(predictions)
-    return {labels: calibrate(several) for labels, several in alike.items()}
+    return {
+        labels: calibrate(several, label_shift=label_shift) for labels, several in alike.items()
+    }
 
 
-def temperatures(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def temperatures(calibration: Mapping[str, Calibrated]) -> dict[str, float]:
     """Label set -> its temperature."""
-    return {labels: found["temperature"] for labels, found in calibration.items()}
+    return {labels: found.scaling.temperature for labels, found in calibration.items()}
 
 
-def calibrate(predictions: Sequence[Predictions]) -> dict[str, Any]:
+def calibration_figures(calibration: Mapping[str, Calibrated]) -> dict[str, dict[str, Any]]:
+    """Label set -> its figures."""
+    return {labels: found.figures for labels, found in calibration.items()}
+
+
+def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) -> Calibrated:
     """The calibration of one label set, over all validation data that has it.
 
-    The `temperature` is fitted on all of it. Each dataset has the same weight in the fit, whatever
-    its size, so that no domain decides alone. The calibration errors, and the table of what can be
-    answered at which risk, are those of temperatures that were fitted on other dialogues; where
-    gold labels are no likelier for these, there is nothing to mend, and the temperature is 1. The
-    error of few utterances is never zero: `error_if_perfect` is what it would be on as many, were
-    every probability true.
+    The temperature is fitted on all of it, with `label_shift` an offset for each label too. Each
+    dataset has the same weight in the fit, whatever its size, so that no domain decides alone. The
+    calibration errors, and the table of what can be answered at which risk, are those of scalings
+    that were fitted on other dialogues; where gold labels are no likelier for these, there is
+    nothing to mend, and the temperature is 1. The error of few utterances is never zero:
+    `error_if_perfect` is what it would be on as many, were every probability true.
     """
     gold = np.concatenate([p.gold for p in predictions])
     logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
     fold = np.concatenate([p.dialogue % _FOLDS for p in predictions])
     weights = np.concatenate([np.full(len(p.gold), 1 / max(1, len(p.gold))) for p in predictions])
+    fit = fit_label_shift if label_shift else fit_temperature
     after = np.zeros_like(logs)
     for part in range(_FOLDS):
         held = fold == part
-        temperature = fit_temperature(logs[~held], gold[~held], weights[~held])
-        after[held] = calibrated(logs[held], temperature)
-    temperature = fit_temperature(logs, gold, weights)
-    if _likelihood(after, gold, weights) <= _likelihood(calibrated(logs, 1.0), gold, weights):
-        temperature, after = 1.0, calibrated(logs, 1.0)
+        after[held] = fit(logs[~held], gold[~held], weights[~held])(logs[held])
+    scaling, plain = fit(logs, gold, weights), calibrated(logs, 1.0)
+    if _likelihood(after, gold, weights) <= _likelihood(plain, gold, weights):
+        scaling, after = Scaling(), plain
     right = after.argmax(1) == gold
-    return {
-        "utterances": len(gold),
-        "temperature": temperature,
-        "error_before": _error(calibrated(logs, 1.0), gold),
-        "error_after": _error(after, gold),
-        "error_if_perfect": _perfect_error(after),
-        "coverage": [asdict(p) for p in coverage_points(after.max(1), right)],
-        "recommended": [
-            asdict(recommend(after.max(1), right, precision)) for precision in PRECISIONS
+    ends = np.cumsum([len(p.gold) for p in predictions])[:-1]
+    return Calibrated(
+        scaling,
+        {
+            "utterances": len(gold),
+            "temperature": scaling.temperature,
+            "error_before": _error(plain, gold),
+            "error_after": _error(after, gold),
+            "error_if_perfect": _perfect_error(after),
+            "coverage": [asdict(p) for p in coverage_points(after.max(1), right)],
+            "recommended": [
+                asdict(recommend(after.max(1), right, precision)) for precision in PRECISIONS
+            ],
+        },
+        [
+            replace(p, probabilities=part)
+            for p, part in zip(predictions, np.split(after, ends), strict=True)
         ],
-    }
+    )
 
 
-def calibration_error(found: Predictions, temperature: float) -> float:
-    """The calibration error of one dataset's answers at a temperature."""
-    return _error(calibrated(np.log(found.probabilities.clip(1e-12)), temperature), found.gold)
+def calibration_error(found: Predictions) -> float:
+    """The calibration error of one dataset's answers."""
+    return _error(found.probabilities, found.gold)
+
+
+def scaled(found: Predictions, scaling: Scaling) -> Predictions:
+    """A dataset's answers as a bundle with this scaling gives them."""
+    return replace(found, probabilities=scaling(np.log(found.probabilities.clip(1e-12))))
 
 
 def _error(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
@@ -182,14 +232,45 @@ def _likelihood(
 
 def fit_temperature(
     logs: Floats, gold: npt.NDArray[np.int64], weights: Floats | None = None
-) -> float:
+) -> Scaling:
     """The temperature, 0.25 to 4, that makes gold labels [n] likeliest under logs [n, labels].
 
     `weights` [n] say how much each utterance counts; without them all count the same. The
     temperature is 1 where there are no labels.
     """
     if not len(gold):
-        return 1.0
+        return Scaling()
     grid = np.exp(np.linspace(np.log(0.25), np.log(4.0), 241))
     likelihoods = [_likelihood(calibrated(logs, float(t)), gold, weights) for t in grid]
-    return round(float(grid[int(np.argmax(likelihoods))]), 4)
+    return Scaling(round(float(grid[int(np.argmax(likelihoods))]), 4))
+
+
+def fit_label_shift(
+    logs: Floats, gold: npt.NDArray[np.int64], weights: Floats | None = None
+) -> Scaling:
+    """A temperature and an offset for each label (bias-corrected temperature scaling, Alexandari et
+    al. 2020), under which gold labels [n] are likeliest.
+
+    The sum of the offsets' squares, times `_SHRINKAGE`, is added to the loss of all utterances: few
+    utterances move the labels little, and a label that they lack is not given up.
+    """
+    if not len(gold):
+        return Scaling()
+    given, right = torch.from_numpy(logs), torch.from_numpy(gold)
+    counts = torch.ones(len(gold)) if weights is None else torch.from_numpy(weights)
+    counts = counts.double() * (len(gold) / counts.sum())
+    cool = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    offsets = torch.zeros(logs.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([cool, offsets], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = cross_entropy(given * cool.exp() + offsets, right, reduction="none")
+        total = (counts * losses).sum() + _SHRINKAGE * (offsets**2).sum()
+        total = total / len(gold)
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    temperature = float(torch.exp(-cool.detach()).clamp(0.25, 4.0))
+    return Scaling(round(temperature, 4), tuple(round(b, 4) for b in offsets.tolist()))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,22 @@ from ercbatch.bundle import Bundle, BundleInfo, write_bundle
 from ercbatch.folders import check_output
 from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
+from ercbatch.pipeline import Engine
 from export.card import write_card
 from export.measure import measured_names, with_demonstrations
 from export.proof import (
     UNCOMPARED,
     UNMEASURED,
+    Calibrated,
+    Scaling,
     calibrate_sets,
     calibration_error,
+    calibration_figures,
     rounded,
+    scaled,
     temperatures,
 )
-from train.datasets import read_dataset
+from train.datasets import Dataset, read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
 
@@ -35,6 +40,7 @@ def recalibrate(
     folder: Path,
     *,
     only_measured: Sequence[tuple[str, Path]] = (),
+    label_shift: bool = False,
     name: str | None = None,
     turns: int | None = None,
     stride: int | None = None,
@@ -43,8 +49,9 @@ def recalibrate(
     """Write the bundle with temperatures, figures and card from labelled dialogues.
 
     `given` are names of its label sets, and files of dialogues that have these labels. Dialogues
-    `only_measured` have no part in the temperatures. The other label sets keep what they have. By
-    default the bundle keeps its `name`, and its window of so many earlier `turns` that moves by
+    `only_measured` have no part in the temperatures. With `label_shift` each label gets an offset
+    too, for how common it is in the dialogues. The other label sets keep what they have. By default
+    the bundle keeps its `name`, and its window of so many earlier `turns` that moves by
     `stride`. With another window the other label sets keep their temperatures, but no figures,
     since those were measured with the old one.
 
@@ -62,42 +69,48 @@ def recalibrate(
         stride=old.stride if stride is None else stride,
     )
     bundle = replace(bundle, info=replace(bundle.info, window=window))
+    label_set = bundle.info.label_set
     datasets = [
-        read_dataset(Source(str(path), labels), bundle.info.label_set(labels))
+        read_dataset(Source(str(path), labels), label_set(labels))
         for labels, path in (*given, *only_measured)
     ]
-    titles = measured_names(datasets)
-    quality: dict[str, Any] = {}
-    said: list[tuple[str, Predictions]] = []
-    for title, dataset in zip(titles, datasets, strict=True):
-        labeler = Labeler(bundle, label_set=dataset.labels.name, demonstrations=0)
-        engine = replace(labeler.engine, temperature=1.0)
-        found = predict(engine, dataset)
-        said.append((dataset.labels.name, found))
-        figures = {"utterances": len(found.gold), **found.figures()}
-        if files.ENCODER in bundle.info.files:
-            retriever = open_retriever(bundle, available_threads())
-            figures |= with_demonstrations(engine, dataset, retriever)
-        quality[title] = rounded(figures)
-    calibration = calibrate_sets(said[: len(given)])
-    fitted = {**bundle.info.temperatures, **temperatures(calibration)}
-    parts = Counter(labels for labels, _ in given)
-    for number, (title, (labels, found)) in enumerate(zip(titles, said, strict=True)):
-        quality[title]["calibration_error"] = calibration_error(found, fitted.get(labels, 1.0))
-        weight = 1 / parts[labels] if number < len(given) else 0.0
-        quality[title]["calibration_weight"] = round(weight, 4)
+    engines = {
+        labels: replace(
+            Labeler(bundle, label_set=labels, demonstrations=0).engine, temperature=1.0, offsets=()
+        )
+        for labels in dict.fromkeys(d.labels.name for d in datasets)
+    }
+    said = [(d.labels.name, predict(engines[d.labels.name], d)) for d in datasets]
+    calibration = calibrate_sets(said[: len(given)], label_shift=label_shift)
+    info = replace(
+        bundle.info,
+        temperatures={**bundle.info.temperatures, **temperatures(calibration)},
+        label_offsets={
+            labels: by_label
+            for labels, by_label in bundle.info.label_offsets.items()
+            if labels not in calibration
+        }
+        | {
+            labels: dict(zip(label_set(labels).labels, found.scaling.offsets, strict=True))
+            for labels, found in calibration.items()
+            if found.scaling.offsets
+        },
+    )
+    quality = _quality(replace(bundle, info=info), engines, datasets, said, calibration)
     # A figure's name begins with its label set.
     anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
     same = window == old
     kept = {t: f for t, f in bundle.info.quality.items() if same and not t.startswith(anew)}
     lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in bundle.info.accepted_loss)
     info = replace(
-        bundle.info,
-        name=name or bundle.info.name,
+        info,
+        name=name or info.name,
         accepted_loss=lost,
         quality={**kept, **quality},
-        calibration={**(bundle.info.calibration if same else {}), **calibration},
-        temperatures=fitted,
+        calibration={
+            **(bundle.info.calibration if same else {}),
+            **calibration_figures(calibration),
+        },
     )
 
     def fill(part: Path) -> BundleInfo:
@@ -107,3 +120,40 @@ def recalibrate(
         return info
 
     return write_bundle(folder, fill, force=force)
+
+
+def _quality(
+    bundle: Bundle,
+    engines: Mapping[str, Engine],
+    datasets: Sequence[Dataset],
+    said: Sequence[tuple[str, Predictions]],
+    calibration: Mapping[str, Calibrated],
+) -> dict[str, Any]:
+    """The figures of each dataset, by the name that figures have.
+
+    Answers of datasets that were calibrated on are scaled by what was fitted on other dialogues,
+    those of the others by what the bundle has.
+    """
+    info, retriever = bundle.info, None
+    if files.ENCODER in info.files:
+        retriever = open_retriever(bundle, available_threads())
+    fitted = {labels: deque(found.predictions) for labels, found in calibration.items()}
+    quality = {}
+    for title, dataset, (labels, raw) in zip(measured_names(datasets), datasets, said, strict=True):
+        offsets = info.offsets(dataset.labels)
+        scaling = Scaling(info.temperatures.get(labels, 1.0), offsets)
+        weight, found = 0.0, scaled(raw, scaling)
+        if fitted.get(labels):  # those that were calibrated on come first
+            weight, found = 1 / len(calibration[labels].predictions), fitted[labels].popleft()
+        figures = {
+            "utterances": len(found.gold),
+            **found.figures(),
+            "log_loss": raw.figures()["log_loss"],
+            "calibration_error": calibration_error(found),
+            "calibration_weight": weight,
+        }
+        if retriever is not None:
+            engine = replace(engines[labels], temperature=scaling.temperature, offsets=offsets)
+            figures |= with_demonstrations(engine, dataset, retriever)
+        quality[title] = rounded(figures)
+    return quality

@@ -93,9 +93,17 @@ def test_calibration_is_measured_on_other_dialogues(bundle_folder: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 0 <= found["after"] <= 1
-    assert 0 <= found["before"] <= 1
-    assert done.stdout.count("draw ") == 2
+    assert found["before"].keys() == found["after"].keys()
+    assert 0 < found["after"]["calibration_error"][0] < 1
+    # A temperature moves no label; how common labels are does.
+    assert found["after"]["weighted_f1"] == found["before"]["weighted_f1"]
+    shifted = python(
+        *("-m", "benchmarks.calibration", f"meld={chats}", "--bundle", bundle_folder),
+        *("--utterances", "20", "--draws", "2", "--label-shift"),
+    )
+    assert shifted.returncode == 0, shifted.stderr
+    moved = json.loads(shifted.stdout.splitlines()[-1])
+    assert moved["after"]["weighted_f1"] != moved["before"]["weighted_f1"]
     done = python(
         *("-m", "benchmarks.calibration", f"meld={chats}", "--bundle", bundle_folder),
         *("--utterances", "100000"),

@@ -356,6 +356,11 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
+    sulky = tmp_path / "sulky.jsonl"
+    turn = {"text": "I miss the old flat.", "label": "sad"}
+    sulky.write_text(
+        "".join(f"{json.dumps({'id': n, 'utterances': [turn] * 6})}\n" for n in range(9))
+    )
     # Dialogues that are only measured leave the temperature as it is.
     aside = python(
         *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "aside"),
@@ -367,6 +372,27 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     weights = {name: figures["calibration_weight"] for name, figures in found.quality.items()}
     assert weights == {"meld, labelled_chat_valid": 1.0, "meld, labelled_chat": 0.0}
     assert all(figures["calibration_error"] > 0 for figures in found.quality.values())
+    # With --label-shift the bundle labels as common labels are in the dialogues.
+    shifted = python(
+        *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "shifted"),
+        *("--valid", f"meld={sulky}", "--label-shift"),
+    )
+    assert shifted.returncode == 0, shifted.stderr
+    offsets = read_info(tmp_path / "shifted").label_offsets["meld"]
+    assert max(offsets, key=lambda label: offsets[label]) == "sad"
+    assert f"sad {offsets['sad']:+.2f}" in (tmp_path / "shifted" / files.CARD).read_text()
+    counts = [
+        cli("label", sulky, "--bundle", folder, "--quiet").stdout.count('"emotion":"sad"')
+        for folder in (bundle_folder, tmp_path / "shifted")
+    ]
+    assert counts[0] < counts[1]
+    again = python(
+        *("-m", "export", "calibrate", tmp_path / "shifted", "-o", tmp_path / "again"),
+        *("--valid", f"meld={VALID}"),
+    )
+    assert again.returncode == 0, again.stderr
+    assert read_info(tmp_path / "again").label_offsets == {}
+    assert read_info(tmp_path / "again").temperatures == after.temperatures
     # With another window, what was measured with the old one is said no more.
     moved = python(
         *("-m", "export", "calibrate", "mini", "-o", tmp_path / "moved", "--turns", "3"),

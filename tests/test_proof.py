@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from ercbatch.scoring import calibrated
-from export.proof import Limits, calibrate, compare, fit_temperature, losses, recommend
+from export.proof import (
+    Limits,
+    Scaling,
+    calibrate,
+    compare,
+    fit_label_shift,
+    fit_temperature,
+    losses,
+    recommend,
+)
 from train.validate import Predictions
 
 LABELS = 5
@@ -22,12 +31,33 @@ def drawn(count: int, temperature: float, seed: int = 0) -> Predictions:
 
 def test_a_temperature_is_found_again() -> None:
     found = drawn(20_000, 1.7)
-    assert fit_temperature(np.log(found.probabilities), found.gold) == pytest.approx(1.7, rel=0.05)
-    assert fit_temperature(np.empty((0, LABELS)), np.empty(0, np.int64)) == 1.0
+    fitted = fit_temperature(np.log(found.probabilities), found.gold)
+    assert fitted.temperature == pytest.approx(1.7, rel=0.05)
+    assert fit_temperature(np.empty((0, LABELS)), np.empty(0, np.int64)) == Scaling()
+
+
+def test_label_shift_finds_how_common_labels_are() -> None:
+    random = np.random.default_rng(3)
+    logs = np.log(random.dirichlet(np.ones(LABELS), 4000))
+    common = np.array([2.0, 0, 0, 0, -1])
+    gold = np.array([random.choice(LABELS, p=p) for p in calibrated(logs, 1.5, common)])
+    found = fit_label_shift(logs, gold)
+    assert found.temperature == pytest.approx(1.5, rel=0.1)
+    offsets = np.array(found.offsets)
+    assert offsets - offsets.mean() == pytest.approx(common - common.mean(), abs=0.2)
+    # Few utterances move the labels little, and a label that they lack stays possible.
+    few = fit_label_shift(logs[:20], np.zeros(20, np.int64))
+    assert max(map(abs, few.offsets)) < 2
+    assert fit_label_shift(logs[:0], gold[:0]) == Scaling()
+    twice = [Predictions(gold, np.exp(logs), np.arange(4000) // 10)] * 2
+    shifted, plain = calibrate(twice, label_shift=True), calibrate(twice)
+    assert (len(shifted.scaling.offsets), plain.scaling.offsets) == (LABELS, ())
+    assert shifted.predictions[1].figures()["accuracy"] > twice[1].figures()["accuracy"] + 0.05
+    assert plain.predictions[1].figures()["accuracy"] == twice[1].figures()["accuracy"]
 
 
 def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
-    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)])
+    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).figures
     assert found["utterances"] == 3000
     assert found["temperature"] == pytest.approx(2.0, rel=0.1)
     assert found["error_before"] > 0.1
@@ -42,14 +72,14 @@ def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
 
 def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
     large, small = drawn(8000, 3.0), drawn(500, 0.8, seed=1)
-    found = calibrate([large, small])["temperature"]
-    twice = calibrate([drawn(500, 3.0, seed=2), small])["temperature"]
+    found = calibrate([large, small]).scaling.temperature
+    twice = calibrate([drawn(500, 3.0, seed=2), small]).scaling.temperature
     assert found == pytest.approx(twice, rel=0.1)
-    assert found < 0.8 * calibrate([large])["temperature"]
+    assert found < 0.8 * calibrate([large]).scaling.temperature
 
 
 def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
-    found = [calibrate([drawn(60, 1.0, seed)]) for seed in range(12)]
+    found = [calibrate([drawn(60, 1.0, seed)]).figures for seed in range(12)]
     left = [f for f in found if f["temperature"] == 1.0]
     assert 0 < len(left) < 12
     assert all(f["error_after"] == f["error_before"] for f in left)
@@ -57,7 +87,7 @@ def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
 
 def test_a_single_dialogue_is_not_calibrated_by_itself() -> None:
     one = drawn(10, 3.0)
-    found = calibrate([one])
+    found = calibrate([one]).figures
     assert found["error_after"] == found["error_before"]
 
 

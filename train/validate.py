@@ -29,6 +29,10 @@ class Predictions:
     probabilities: npt.NDArray[np.float64]
     dialogue: npt.NDArray[np.int64]
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Predictions:
+        """Those that a mask [n] holds."""
+        return Predictions(self.gold[mask], self.probabilities[mask], self.dialogue[mask])
+
     def figures(self) -> dict[str, float]:
         """Weighted F1, macro F1, accuracy, and the log loss (mean -log P(gold), in nats)."""
         labels = self.probabilities.shape[1]
