@@ -72,8 +72,9 @@ def main(file: str, bundle: str, utterances: int, draws: int, label_shift: bool)
                 rows[name].append({**answers.figures(), "calibration_error": error})
         summary = {name: _spread(each) for name, each in rows.items()}
         for name, figures in summary.items():
-            told = ", ".join(f"{k.replace('_', ' ')} {m} ± {s}" for k, (m, s) in figures.items())
-            print(f"{name}: {told}")
+            print(f"{name}:")
+            for figure, (average, deviation) in figures.items():
+                print(f"  {figure.replace('_', ' ')}: {average} ± {deviation}")
         print(json.dumps(summary))
 
 

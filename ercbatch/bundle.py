@@ -119,8 +119,8 @@ class BundleInfo:
     quality: Mapping[str, Any]
     """Figures measured with this very bundle."""
     label_offsets: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    """Label set name -> label -> what is added to its log probability after the temperature, where
-    `export calibrate --label-shift` fitted it."""
+    """Label set name -> label -> offset of its log probability, in nats, added after the division
+    by the temperature. `export calibrate --label-shift` fits it."""
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Label set name -> how far confidences can be trusted: see `python -m export`."""
     accepted_loss: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ class BundleInfo:
         raise UsageError(f"bundle {self.name!r} has no label set {name!r}: choose from {names}")
 
     def offsets(self, labels: LabelSet) -> tuple[float, ...]:
-        """What is added to the log probability of each label; empty where nothing was fitted."""
+        """The offset [labels] of each log probability, in nats; empty if none was fitted."""
         fitted = self.label_offsets.get(labels.name)
         return tuple(fitted.get(label, 0.0) for label in labels.labels) if fitted else ()
 

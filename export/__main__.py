@@ -243,6 +243,13 @@ def calibrate(
             force=force,
         )
     click.echo(summary(info, output, {labels for labels, _ in (*sources, *only_measured)}))
+    for labels in dict.fromkeys(labels for labels, _ in sources):
+        if label_shift and labels not in info.label_offsets:
+            click.echo(
+                f"warning: {labels}: no label shift was kept, because it did not fit dialogues "
+                "that were held back: give more labelled dialogues",
+                err=True,
+            )
 
 
 @main.command()

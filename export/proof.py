@@ -21,7 +21,7 @@ _FOLDS = 5
 """Parts of the validation dialogues; each is calibrated with what the others gave."""
 _DRAWS = 200
 _SHRINKAGE = 4.0
-"""How much offsets of labels are held back: `docs/results.md` has what others came to."""
+"""Penalty on the offsets' squares in `fit_label_shift`. docs/results.md compares other values."""
 PRECISIONS = (0.8, 0.9, 0.95)
 """For which a least confidence is recommended."""
 _FEWEST = 30
@@ -95,7 +95,7 @@ def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What turns log probabilities into confidences: see `ercbatch.scoring.calibrated`."""
+    """A temperature, and an offset for each label or none, for `ercbatch.scoring.calibrated`."""
 
     temperature: float = 1.0
     offsets: tuple[float, ...] = ()
@@ -140,14 +140,15 @@ def calibration_figures(calibration: Mapping[str, Calibrated]) -> dict[str, dict
 
 
 def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) -> Calibrated:
-    """The calibration of one label set, over all validation data that has it.
+    """Fit the scaling of one label set on all validation data that has it.
 
-    The temperature is fitted on all of it, with `label_shift` an offset for each label too. Each
-    dataset has the same weight in the fit, whatever its size, so that no domain decides alone. The
-    calibration errors, and the table of what can be answered at which risk, are those of scalings
-    that were fitted on other dialogues; where gold labels are no likelier for these, there is
-    nothing to mend, and the temperature is 1. The error of few utterances is never zero:
-    `error_if_perfect` is what it would be on as many, were every probability true.
+    It is a temperature, and with `label_shift` an offset for each label too. Each dataset has the
+    same weight in the fit, whatever its size, so that no domain decides alone.
+
+    The figures are cross-validated over dialogues in five parts: each part is scaled by what was
+    fitted on the other four. If that makes the gold labels no likelier, the temperature stays 1
+    and there are no offsets. Even true probabilities have a calibration error on few utterances;
+    `error_if_perfect` is that error.
     """
     gold = np.concatenate([p.gold for p in predictions])
     logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
@@ -251,8 +252,8 @@ def fit_label_shift(
     """A temperature and an offset for each label (bias-corrected temperature scaling, Alexandari et
     al. 2020), under which gold labels [n] are likeliest.
 
-    The sum of the offsets' squares, times `_SHRINKAGE`, is added to the loss of all utterances: few
-    utterances move the labels little, and a label that they lack is not given up.
+    The loss, summed over the utterances, has a penalty: `_SHRINKAGE` times the sum of the offsets'
+    squares. So few utterances move labels little, and a label that they lack stays possible.
     """
     if not len(gold):
         return Scaling()

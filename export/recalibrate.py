@@ -48,9 +48,9 @@ def recalibrate(
 ) -> BundleInfo:
     """Write the bundle with temperatures, figures and card from labelled dialogues.
 
-    `given` are names of its label sets, and files of dialogues that have these labels. Dialogues
-    `only_measured` have no part in the temperatures. With `label_shift` each label gets an offset
-    too, for how common it is in the dialogues. The other label sets keep what they have. By default
+    `given` are names of its label sets, and files of dialogues that have these labels. The files
+    `only_measured` are not used to fit anything. With `label_shift` each label gets an offset too,
+    for how common it is in the dialogues. The other label sets keep what they have. By default
     the bundle keeps its `name`, and its window of so many earlier `turns` that moves by
     `stride`. With another window the other label sets keep their temperatures, but no figures,
     since those were measured with the old one.

@@ -392,6 +392,13 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     )
     assert again.returncode == 0, again.stderr
     assert read_info(tmp_path / "again").label_offsets == {}
+    few = python(
+        *("-m", "export", "calibrate", "mini", "-o", tmp_path / "few"),
+        *("--valid", f"meld={VALID}", "--label-shift"),
+    )
+    assert few.returncode == 0, few.stderr
+    assert "warning: meld: no label shift was kept" in few.stderr
+    assert read_info(tmp_path / "few").label_offsets == {}
     assert read_info(tmp_path / "again").temperatures == after.temperatures
     # With another window, what was measured with the old one is said no more.
     moved = python(
