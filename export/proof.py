@@ -147,8 +147,8 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
 
     The figures are cross-validated over dialogues in five parts: each part is scaled by what was
     fitted on the other four. If that makes the gold labels no likelier, the temperature stays 1
-    and there are no offsets. Even true probabilities have a calibration error on few utterances;
-    `error_if_perfect` is that error.
+    and there are no offsets. `error_if_perfect` is the calibration error that true probabilities
+    would have on the same number of utterances, by chance.
     """
     gold = np.concatenate([p.gold for p in predictions])
     logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))

@@ -19,7 +19,7 @@ from export.forms import write_graph
 from export.tiles import TILES
 
 MINI_NODES = 1253
-"""Of the graph of the bundle in the package, outside products, floors under exponents included."""
+"""Nodes outside matrix products in the graph of `mini`, including the floors under exponents."""
 LAYER_NODES = 244
 """Nodes outside products in a layer of an int8 Llama. Each of the eight tiles has one for the floor
 under exponents (`export/attention.py`)."""
