@@ -4,8 +4,8 @@
 #   bash benchmarks/mini/studies.sh WORK [STEP...]
 #
 # WORK is a folder where train/mini/make.sh has made `base`, `encoder` and the datasets. Without any
-# STEP all are run, in the order below. What is finished in WORK is not run again. The step `curve` trains
-# from WORK/averaged and the step `half-billion` from WORK/qwen, which make.sh makes too.
+# STEP all are run, in the order below. What is finished in WORK is not run again. make.sh also makes what two steps
+# need: `curve` trains from WORK/averaged on the scores in WORK/*-larger-*.jsonl, `half-billion` from WORK/qwen.
 set -euo pipefail
 work=$1
 steps=("${@:2}")
