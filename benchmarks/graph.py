@@ -27,11 +27,11 @@ from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_file import check_onnx
 from ercbatch.onnx_scorer import feed, session_options, tiles_of
-from ercbatch.packs import Pack, pack
 from ercbatch.pipeline import Engine
+from ercbatch.prompts.packs import Pack, pack
+from ercbatch.prompts.tree import Question, Task
 from ercbatch.records import read_dialogues
 from ercbatch.stopping import errors
-from ercbatch.tree import Question, Task
 
 PRODUCTS = frozenset(
     (

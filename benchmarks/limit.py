@@ -31,7 +31,7 @@ from benchmarks.packed import prompts
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import session_options
-from ercbatch.packs import Pack
+from ercbatch.prompts.packs import Pack
 from ercbatch.records import read_dialogues
 from ercbatch.stopping import errors
 from export.graph import MICROSOFT

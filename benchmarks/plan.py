@@ -11,11 +11,11 @@ from benchmarks import invented
 from benchmarks.graph import packs
 from benchmarks.limit import Work, work
 from benchmarks.packed import prompts
-from ercbatch.answers import AnswerTrie
 from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.pipeline import Engine
+from ercbatch.prompts.answers import AnswerTrie
 
 _WARM_UP = (20, 20)
 """Turns: least and most."""

@@ -22,10 +22,10 @@ import torch
 from accelerate import Accelerator
 
 from ercbatch.errors import UsageError
-from ercbatch.packs import Pack
+from ercbatch.prompts.packs import Pack
+from ercbatch.prompts.tree import Task, visible
 from ercbatch.stopping import errors
 from ercbatch.torch_model import Batch, collate
-from ercbatch.tree import Task, visible
 from train.datasets import read_dataset
 from train.loop import Objective
 from train.model import load_trainable

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.packs import Pack, split
+from ercbatch.prompts.answers import AnswerHead, FloatArray
+from ercbatch.prompts.packs import Pack, split
 from ercbatch.torch_model import PackedModel, refuse_code
 from ercbatch.torch_scorer import TorchScorer
 

@@ -32,8 +32,8 @@ from ercbatch.checked import (
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 from ercbatch.folders import whole_folder
 from ercbatch.labels import LabelSet
-from ercbatch.tokens import ControlTokens
-from ercbatch.tree import Window
+from ercbatch.prompts.tokens import ControlTokens
+from ercbatch.prompts.tree import Window
 
 FORMAT = "1.4"
 """Version of the format: another major number is refused, a newer minor one too.

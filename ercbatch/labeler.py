@@ -20,10 +20,10 @@ from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.onnx_scorer import LONGEST_PACK, available_threads
 from ercbatch.pipeline import Engine, Restart, Retriever
-from ercbatch.prompts import template
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Renderer
 from ercbatch.scorers import AUTO, choose_runtime, open_scorer
-from ercbatch.tokens import SegmentTokenizer
-from ercbatch.tree import Renderer
 
 T = TypeVar("T")
 _PACKAGES = ("emoji", "numpy", "orjson", "tokenizers", "zstandard")

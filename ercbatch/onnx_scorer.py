@@ -13,10 +13,10 @@ import numpy.typing as npt
 import onnxruntime
 
 from ercbatch import tiles
-from ercbatch.answers import AnswerHead, FloatArray
 from ercbatch.errors import BundleError
 from ercbatch.onnx_file import check_onnx
-from ercbatch.packs import Pack
+from ercbatch.prompts.answers import AnswerHead, FloatArray
+from ercbatch.prompts.packs import Pack
 from ercbatch.scoring import StateScorer
 
 

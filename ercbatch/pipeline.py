@@ -24,9 +24,9 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, foreign_errors
 from ercbatch.labels import LabelSet
-from ercbatch.packs import Pack, Packer
+from ercbatch.prompts.packs import Pack, Packer
+from ercbatch.prompts.tree import Question, Renderer, Task
 from ercbatch.scoring import Scorer, calibrated
-from ercbatch.tree import Question, Renderer, Task
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from ercbatch import bundle as files
-from ercbatch.answers import AnswerHead
 from ercbatch.bundle import RUNTIMES, Bundle
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.onnx_scorer import OnnxScorer, check_full_range
+from ercbatch.prompts.answers import AnswerHead
 from ercbatch.scoring import Scorer
 from ercbatch.standard_scorer import StandardScorer
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.answers import AnswerHead, AnswerTrie, FloatArray
 from ercbatch.errors import BundleError
-from ercbatch.packs import Pack
+from ercbatch.prompts.answers import AnswerHead, AnswerTrie, FloatArray
+from ercbatch.prompts.packs import Pack
 
 
 class Scorer(ABC):

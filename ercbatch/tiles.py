@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.tree import IntArray
+from ercbatch.prompts.tree import IntArray
 
 ORDER, ROW_COUNTS, KEYS, KEY_COUNTS = "order", "row_counts", "keys", "key_counts"
 """Inputs of a graph: see `Tiles`."""

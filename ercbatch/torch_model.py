@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ercbatch.answers import AnswerHead
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.masks import Masks
-from ercbatch.packs import Pack, join
-from ercbatch.tokens import SegmentTokenizer, check_tokenizer, control_tokens
-from ercbatch.tree import Segment, lay_out
+from ercbatch.prompts.answers import AnswerHead
+from ercbatch.prompts.packs import Pack, join
+from ercbatch.prompts.tokens import SegmentTokenizer, check_tokenizer, control_tokens
+from ercbatch.prompts.tree import Segment, lay_out
 
 
 def check_config(source: str) -> Mapping[str, Any]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ercbatch.answers import AnswerHead, FloatArray
-from ercbatch.packs import Pack
+from ercbatch.prompts.answers import AnswerHead, FloatArray
+from ercbatch.prompts.packs import Pack
 from ercbatch.scoring import StateScorer
 from ercbatch.torch_model import PackedModel, collate
 

@@ -16,7 +16,6 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from ercbatch import bundle as files
-from ercbatch.answers import AnswerHead
 from ercbatch.bank import build_bank, read_examples
 from ercbatch.bundle import BundleInfo, encoder_files, odd_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
@@ -24,7 +23,8 @@ from ercbatch.errors import LossError, UsageError
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
-from ercbatch.prompts import template
+from ercbatch.prompts.answers import AnswerHead
+from ercbatch.prompts.templates import template
 from ercbatch.scorers import open_model
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer

@@ -18,18 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ercbatch import bundle as files
-from ercbatch.answers import AnswerHead
 from ercbatch.bundle import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, ErcbatchError
 from ercbatch.folders import check_output, whole_folder
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
-from ercbatch.packs import join
-from ercbatch.tokens import control_tokens
+from ercbatch.prompts.answers import AnswerHead
+from ercbatch.prompts.packs import join
+from ercbatch.prompts.tokens import control_tokens
+from ercbatch.prompts.tree import Question, Task
 from ercbatch.torch_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Task
 from export.graph import TRANSPOSED
 from export.quantize import stored_weights
 from export.rounding import Array

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from ercbatch import bundle
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.folders import check_output, whole_folder
-from ercbatch.tokens import load_tokenizer
+from ercbatch.prompts.tokens import load_tokenizer
 from ercbatch.torch_model import check_config
 from export.graph import Graph
 from export.quantize import quantize_lookups, quantize_products

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ercbatch import bundle as files
 from ercbatch.errors import MissingExtraError
-from ercbatch.packs import Pack
+from ercbatch.prompts.packs import Pack
 from ercbatch.torch_model import PackedModel, collate, save_tokenizer
 from export.attention import sum_softmax_in_double
 from export.fusions import fuse_rotations

@@ -10,10 +10,10 @@ import numpy as np
 
 from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
-from ercbatch.packs import Pack, join
 from ercbatch.pipeline import Engine, Retriever
+from ercbatch.prompts.packs import Pack, join
+from ercbatch.prompts.tree import Question, Renderer, Task
 from ercbatch.scoring import Scorer
-from ercbatch.tree import Question, Renderer, Task
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Recipe
 from train.run import TrainedRun, digest

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ercbatch.bundle import MANIFEST, with_digest
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.torch_model import load_causal_lm
 
 os.environ["HF_HUB_OFFLINE"] = "1"

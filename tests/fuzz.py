@@ -32,11 +32,11 @@ from ercbatch.errors import UsageError
 from ercbatch.journal import BEGINNING, Commit, Journal
 from ercbatch.output import Files
 from ercbatch.preflight import RunOptions
-from ercbatch.prompts import template
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Question, Renderer, Task, Window
 from ercbatch.records import Counts, Limits, Reject, dump_record, read_records
 from ercbatch.run import run_label
-from ercbatch.tokens import SegmentTokenizer
-from ercbatch.tree import Question, Renderer, Task, Window
 
 _PIECES = (
     *("[SEP]", "[CLS]", "[PAD]", "[MASK]", "[UNK]", "<s>", "</s>", "<|im_end|>", "<|endoftext|>"),

@@ -10,10 +10,10 @@ from conftest import ARCHITECTURES, CHAT, cli, python, write_model, write_recipe
 
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
-from ercbatch.packs import join
-from ercbatch.prompts import template
+from ercbatch.prompts.packs import join
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tree import Question, Renderer, Task, Window
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
-from ercbatch.tree import Question, Renderer, Task, Window
 from train.adapter import add_lora
 from train.recipe import Recipe, Source
 

@@ -21,12 +21,12 @@ from ercbatch.bank import INDEX, TEXTS, VECTORS
 from ercbatch.bundle import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.packs import graft, join, split
 from ercbatch.pipeline import Engine
-from ercbatch.prompts import template
+from ercbatch.prompts.packs import graft, join, split
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Question, Read, Renderer, Segment, Task, lay_out
 from ercbatch.records import read_dialogues
-from ercbatch.tokens import SegmentTokenizer
-from ercbatch.tree import Question, Read, Renderer, Segment, Task, lay_out
 
 pytest.importorskip("bitsandbytes")
 

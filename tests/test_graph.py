@@ -14,10 +14,10 @@ from test_architectures import ACCEPTED
 
 from ercbatch import bundle as files
 from ercbatch.onnx_scorer import OnnxScorer
-from ercbatch.packs import Pack, join
+from ercbatch.prompts.packs import Pack, join
+from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Read, Segment, Task, lay_out
 from export.forms import write_graph
 from export.graph import Graph, data_file
 from export.model import trace_scorer, traced_attention

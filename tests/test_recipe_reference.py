@@ -12,7 +12,7 @@ import pytest
 from conftest import CHAT, ROOT
 
 from ercbatch.errors import UsageError
-from ercbatch.tree import Window
+from ercbatch.prompts.tree import Window
 from train.datasets import read_dataset
 from train.recipe import _RANGES, Recipe, Source, read_recipe, recipe_from
 

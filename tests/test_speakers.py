@@ -12,12 +12,12 @@ from scenes import dataset, recipe, scene
 
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.labels import label_set
-from ercbatch.packs import join
-from ercbatch.prompts import template
+from ercbatch.prompts.packs import join
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tree import Renderer, Task, Window, speaker_numbers
 from ercbatch.records import read_dialogues
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Renderer, Task, Window, speaker_numbers
 from train.datasets import Scene
 from train.samples import TASKS, Sampler, speaker_questions
 from train.validate import speaker_accuracy

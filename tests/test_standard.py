@@ -22,13 +22,13 @@ from ercbatch import bundle as files
 from ercbatch.bundle import Bundle, BundleInfo, open_bundle, write_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
-from ercbatch.packs import Pack, join
-from ercbatch.prompts import template
+from ercbatch.prompts.packs import Pack, join
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Question, Renderer, Task, Tree, Window
 from ercbatch.standard_scorer import StandardScorer, batches, separate
-from ercbatch.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Question, Renderer, Task, Tree, Window
 from export.model import trace_scorer
 from export.standard import export_standard
 from export.trace import trace

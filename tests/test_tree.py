@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
-from ercbatch.packs import Pack, graft, join, pack
-from ercbatch.prompts import clean, template
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.packs import Pack, graft, join, pack
+from ercbatch.prompts.templates import clean, template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Question, Renderer, Segment, Task, Window, lay_out, visible
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm
-from ercbatch.tree import Question, Renderer, Segment, Task, Window, lay_out, visible
 
 LABELS = ("neutral", "joyful", "sad", "sadder", "joyless")
 SAID = st.text(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ercbatch.prompts import template
-from ercbatch.tokens import SegmentTokenizer
-from ercbatch.typed import in_words
+from ercbatch.prompts.templates import template
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.typed import in_words
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.prompts.tree import Task
 from ercbatch.torch_model import PackedModel
-from ercbatch.tree import Task
 from train.average import Average
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ercbatch.errors import MissingExtraError, UsageError
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
 from train.adapter import add_lora
 from train.dropout import dropout_settings

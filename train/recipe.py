@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet, find_label_set, mapping_to
-from ercbatch.prompts import TEMPLATE_VERSION, Template, template
-from ercbatch.tree import Task, Window
+from ercbatch.prompts.templates import TEMPLATE_VERSION, Template, template
+from ercbatch.prompts.tree import Task, Window
 
 _DATA = ("train", "valid", "test")
 

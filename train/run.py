@@ -21,9 +21,9 @@ from transformers.utils import logging
 from ercbatch import bundle as files
 from ercbatch.bundle import encoder_files
 from ercbatch.errors import UsageError, foreign_errors
-from ercbatch.tokens import ControlTokens, SegmentTokenizer
+from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
+from ercbatch.prompts.tree import Window
 from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.tree import Window
 from train.model import quantization
 from train.recipe import Recipe, Source, recipe_from
 

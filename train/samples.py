@@ -15,10 +15,10 @@ from ercbatch.bank import Demonstration, DemonstrationBank, balance
 from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.labels import LabelSet
-from ercbatch.packs import Pack, graft
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.packs import Pack, graft
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Question, Renderer, Task, Tree, speaker_numbers
 from ercbatch.torch_model import Batch, collate
-from ercbatch.tree import Question, Renderer, Task, Tree, speaker_numbers
 from train.datasets import Dataset, Scene, Target, one_hot
 from train.noise import hurried, rewritten, transcribed
 from train.recipe import Recipe

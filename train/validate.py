@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.answers import AnswerTrie
 from ercbatch.evaluate import f1_figures
-from ercbatch.packs import pack
 from ercbatch.pipeline import Engine, Retriever
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.answers import AnswerTrie
+from ercbatch.prompts.packs import pack
+from ercbatch.prompts.tokens import SegmentTokenizer
+from ercbatch.prompts.tree import Renderer, Task, speaker_numbers
 from ercbatch.torch_model import PackedModel
 from ercbatch.torch_scorer import TorchScorer
-from ercbatch.tree import Renderer, Task, speaker_numbers
 from train.datasets import Dataset, Scene, file_names
 from train.recipe import Recipe
 from train.samples import speaker_questions

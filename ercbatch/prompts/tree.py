@@ -21,11 +21,11 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.answers import AnswerTrie, answer_trie
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
-from ercbatch.prompts import Control, Piece, Template, Text
-from ercbatch.tokens import SegmentTokenizer
+from ercbatch.prompts.answers import AnswerTrie, answer_trie
+from ercbatch.prompts.templates import Control, Piece, Template, Text
+from ercbatch.prompts.tokens import SegmentTokenizer
 
 IntArray = npt.NDArray[np.int32]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ercbatch.tree import IntArray, Read, Tree
+from ercbatch.prompts.tree import IntArray, Read, Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What a prompt says: the templates, by name and version, and the cleaning of what they quote.
 
 A template yields *pieces*: its own text (`Text`), what somebody said (`Content`), and control
-marks (`Control`). `ercbatch.tree` turns pieces into tokens and arranges them; it knows no wording.
+marks (`Control`). `ercbatch.prompts.tree` turns pieces into tokens and arranges them; it knows no wording.
 The templates follow InstructERC (arXiv 2309.11911, section 3 and figure 2).
 """
 
@@ -16,7 +16,7 @@ from enum import Enum
 from typing import ClassVar
 
 from ercbatch.errors import UsageError
-from ercbatch.typed import in_words
+from ercbatch.prompts.typed import in_words
 
 
 class Control(Enum):
@@ -68,7 +68,7 @@ def clean(text: str) -> str:
 
 TEMPLATE_VERSION = 2
 """The newest version of the templates. Version 1 quotes texts as they are typed and keeps only the
-beginning of one that is too long. Version 2 writes emoji and the like as words (`ercbatch.typed`)
+beginning of one that is too long. Version 2 writes emoji and the like as words (`ercbatch.prompts.typed`)
 and keeps the beginning and the end."""
 
 

@@ -1,0 +1,1 @@
+"""Prompts: their wording, their tokens, the tree of one dialogue, packs of several trees."""
