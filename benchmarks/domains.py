@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from ercbatch.bundle import encoder_files
+from ercbatch.bundle.manifest import encoder_files
 from ercbatch.dialogues import Dialogue
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError

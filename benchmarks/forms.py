@@ -29,7 +29,7 @@ from typing import Any
 
 import click
 
-from ercbatch.bundle import RUNTIMES
+from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import ErcbatchError
 from ercbatch.labeler import Labeler

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import onnxruntime
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.onnx_file import check_onnx
 from ercbatch.onnx_scorer import feed, session_options, tiles_of
 from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import Pack, pack

@@ -55,7 +55,7 @@ from ercbatch.bank import (
     search_breadth,
     text_key,
 )
-from ercbatch.bundle import encoder_files
+from ercbatch.bundle.manifest import encoder_files
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet

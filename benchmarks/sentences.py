@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from ercbatch.bank import TEXTS, Demonstration, read_examples
-from ercbatch.bundle import find_bundle
+from ercbatch.bundle.manifest import find_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 
 _MOST_WORDS = 40

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle
 from ercbatch.errors import UsageError
 
 _QWEN: Mapping[str, Any] = {

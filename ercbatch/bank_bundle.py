@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ercbatch.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
-from ercbatch.bundle import (
+from ercbatch.bundle.folders import check_output
+from ercbatch.bundle.manifest import (
     CARD,
     CARD_JSON,
     MANIFEST,
@@ -17,7 +18,6 @@ from ercbatch.bundle import (
     open_bundle,
     write_bundle,
 )
-from ercbatch.folders import check_output
 from ercbatch.labeler import open_retriever
 from ercbatch.onnx_scorer import available_threads
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch import bundle as files
 from ercbatch.bank import DemonstrationBank
-from ercbatch.bundle import Bundle, find_bundle, odd_files, open_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError

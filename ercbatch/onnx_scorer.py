@@ -13,8 +13,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from ercbatch import tiles
+from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.errors import BundleError
-from ercbatch.onnx_file import check_onnx
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring import StateScorer

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from ercbatch.bundle import MANIFEST as BUNDLE_MANIFEST
+from ercbatch.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
 from ercbatch.checked import integer, mapping, number
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from ercbatch import bundle as files
-from ercbatch.bundle import RUNTIMES, Bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import RUNTIMES, Bundle
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.onnx_scorer import OnnxScorer, check_full_range
 from ercbatch.prompts.answers import AnswerHead

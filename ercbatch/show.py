@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ercbatch.bundle import BundleInfo
+from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.streams import printable
 
 FIGURES: Mapping[str, tuple[str, str]] = {

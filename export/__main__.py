@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ercbatch.bundle import RUNTIMES
+from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.stopping import errors, stoppable
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
@@ -223,7 +223,7 @@ def calibrate(
     force: bool,
 ) -> None:
     """Write BUNDLE calibrated anew, on labelled dialogues of your own."""
-    from ercbatch.bundle import find_bundle, open_bundle
+    from ercbatch.bundle.manifest import find_bundle, open_bundle
     from export.bundle import summary
     from export.recalibrate import recalibrate
 
@@ -261,7 +261,7 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
 
     It has Hugging Face's form. Of other forms, see `bundle --also-checkpoint`.
     """
-    from ercbatch.bundle import find_bundle, open_bundle
+    from ercbatch.bundle.manifest import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
     with errors(), stoppable():

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from ercbatch import bundle as files
 from ercbatch.bnb_scorer import INT8_SCALES, NF4_BLOCK, bnb, quantizable, shape_of
+from ercbatch.bundle import manifest as files
 from ercbatch.errors import UsageError
 from ercbatch.torch_model import PackedModel
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from ercbatch import bundle as files
 from ercbatch.bank import build_bank, read_examples
-from ercbatch.bundle import BundleInfo, encoder_files, odd_files, write_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.folders import check_output, whole_folder
+from ercbatch.bundle.manifest import BundleInfo, encoder_files, odd_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import LossError, UsageError
-from ercbatch.folders import check_output, whole_folder
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
 from ercbatch.prompts.answers import AnswerHead

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ercbatch import bundle as files
-from ercbatch.bundle import BundleInfo
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.show import FIGURES, figure
 
 _METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {

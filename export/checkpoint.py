@@ -17,11 +17,11 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ercbatch import bundle as files
-from ercbatch.bundle import Bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.folders import check_output, whole_folder
+from ercbatch.bundle.manifest import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, ErcbatchError
-from ercbatch.folders import check_output, whole_folder
 from ercbatch.labeler import Labeler
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.prompts.answers import AnswerHead

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from ercbatch import bundle
+from ercbatch.bundle import manifest as bundle
+from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.errors import UsageError, foreign_errors
-from ercbatch.folders import check_output, whole_folder
 from ercbatch.prompts.tokens import load_tokenizer
 from ercbatch.torch_model import check_config
 from export.graph import Graph

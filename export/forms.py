@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import onnx
 from transformers import AutoTokenizer
 
-from ercbatch import bundle as files
+from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
 from ercbatch.torch_model import PackedModel, collate, save_tokenizer

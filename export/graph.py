@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ercbatch import bundle
+from ercbatch.bundle import manifest as bundle
 from export.rounding import Array
 
 MICROSOFT = "com.microsoft"

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ercbatch import bundle as files
-from ercbatch.bundle import Bundle, BundleInfo, write_bundle
-from ercbatch.folders import check_output
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.folders import check_output
+from ercbatch.bundle.manifest import Bundle, BundleInfo, write_bundle
 from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Engine

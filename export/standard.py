@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ercbatch import bundle as files
+from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.torch_model import check_config, refuse_code
 

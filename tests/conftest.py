@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ercbatch.bundle import MANIFEST, with_digest
+from ercbatch.bundle.manifest import MANIFEST, with_digest
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.torch_model import load_causal_lm
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import zstandard
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle, open_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.journal import BEGINNING, Commit, Journal

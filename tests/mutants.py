@@ -30,8 +30,8 @@ from typing import Any
 
 import onnx
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle, open_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle, open_bundle
 from ercbatch.errors import ErcbatchError
 from ercbatch.labeler import labels_a_word
 

@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import Message
 from onnx import helper, numpy_helper
 
-from ercbatch.onnx_file import ExternalData, OnnxRequests
+from ercbatch.bundle.onnx_file import ExternalData, OnnxRequests
 
 WEIGHTS = "model.onnx.data"
 FLOAT = onnx.TensorProto.FLOAT

@@ -16,9 +16,9 @@ from conftest import CHAT, EXAMPLES, cli, python, write_model
 from safetensors.numpy import save_file
 
 from ercbatch import Labeler
-from ercbatch import bundle as files
 from ercbatch.bank import INDEX, TEXTS, VECTORS
-from ercbatch.bundle import BundleInfo, open_bundle, read_info, write_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.pipeline import Engine

@@ -10,7 +10,7 @@ import pytest
 from conftest import EXAMPLES, cli, describe, export_bundle
 
 from ercbatch.bank import read_examples
-from ercbatch.bundle import FORMAT, find_bundle, open_bundle, read_info
+from ercbatch.bundle.manifest import FORMAT, find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
 

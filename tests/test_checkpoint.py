@@ -14,7 +14,7 @@ from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, python, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
-from ercbatch.bundle import read_info
+from ercbatch.bundle.manifest import read_info
 from ercbatch.records import read_dialogues
 from ercbatch.torch_model import PackedModel, load_causal_lm
 from ercbatch.torch_scorer import TorchScorer

@@ -10,8 +10,8 @@ from onnx import ModelProto
 
 from benchmarks.graph import PRODUCTS, asked, packs
 from ercbatch import Labeler
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle
 from ercbatch.records import read_dialogues
 from ercbatch.tiles import cut
 from ercbatch.torch_model import PackedModel, load_causal_lm

@@ -31,8 +31,8 @@ from onnx import numpy_helper
 from peft import PeftModel
 from test_graph import pack
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle, open_bundle, read_info, write_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle, open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.onnx_scorer import check_full_range
 from ercbatch.torch_model import PackedModel, collate, load_causal_lm

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.errors import OutputError, UsageError
-from ercbatch.folders import check_output, whole_folder
 
 MARKER = "bundle.json"
 
@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_live_one_writes_is_not(
     tmp_path: Path,
 ) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom ercbatch.folders import whole_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom ercbatch.bundle.folders import whole_folder\n"
         "with whole_folder(Path(sys.argv[1]), 'bundle.json'):\n"
         "    print('writing', flush=True)\n    time.sleep(600)"
     )

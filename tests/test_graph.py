@@ -12,7 +12,7 @@ from conftest import write_model
 from onnx import TensorProto, helper, numpy_helper
 from test_architectures import ACCEPTED
 
-from ercbatch import bundle as files
+from ercbatch.bundle import manifest as files
 from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out

@@ -23,9 +23,9 @@ from onnx_graphs import (
     sparse,
 )
 
-from ercbatch.bundle import MODEL, find_bundle
+from ercbatch.bundle.manifest import MODEL, find_bundle
+from ercbatch.bundle.onnx_file import check_onnx, read_onnx
 from ercbatch.errors import BundleError
-from ercbatch.onnx_file import check_onnx, read_onnx
 from ercbatch.onnx_scorer import open_session
 
 

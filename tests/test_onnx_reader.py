@@ -24,8 +24,8 @@ from onnx_graphs import (
     sparse,
 )
 
+from ercbatch.bundle.onnx_file import _MESSAGES, OnnxRequests, check_onnx, read_onnx
 from ercbatch.errors import BundleError
-from ercbatch.onnx_file import _MESSAGES, OnnxRequests, check_onnx, read_onnx
 
 
 def twice(number: int, *contents: bytes) -> bytes:

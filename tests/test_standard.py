@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ercbatch import bundle as files
-from ercbatch.bundle import Bundle, BundleInfo, open_bundle, write_bundle
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import Bundle, BundleInfo, open_bundle, write_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.prompts.packs import Pack, join

@@ -16,8 +16,8 @@ import pytest
 from conftest import EXAMPLES, cli, describe, sign
 from safetensors.numpy import load_file, save_file
 
-from ercbatch import bundle as files
-from ercbatch.bundle import find_bundle, open_bundle, read_info
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labeler import labels_a_word
 

@@ -13,9 +13,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 from transformers.utils import logging
 
-from ercbatch.bundle import CONFIG
+from ercbatch.bundle.folders import check_output, whole_folder
+from ercbatch.bundle.manifest import CONFIG
 from ercbatch.errors import InputError, MissingExtraError, foreign_errors
-from ercbatch.folders import check_output, whole_folder
 from ercbatch.torch_model import check_config, save_tokenizer
 
 

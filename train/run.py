@@ -18,8 +18,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ercbatch import bundle as files
-from ercbatch.bundle import encoder_files
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import encoder_files
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.prompts.tree import Window

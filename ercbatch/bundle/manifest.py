@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ercbatch.bundle.folders import whole_folder
 from ercbatch.checked import (
     LARGEST,
     integer,
@@ -30,7 +31,6 @@ from ercbatch.checked import (
     strings,
 )
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
-from ercbatch.folders import whole_folder
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.tokens import ControlTokens
 from ercbatch.prompts.tree import Window
