@@ -30,7 +30,7 @@ from ercbatch.errors import UsageError
 from ercbatch.evaluate import Evaluation, evaluation
 from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
-from ercbatch.onnx_scorer import available_threads
+from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, Source, read_recipe

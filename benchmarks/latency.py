@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks.sentences import converse, invent
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.onnx_scorer import available_threads
 from ercbatch.records import dump_record, read_dialogues
+from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 
 _ROOT = Path(__file__).resolve().parent.parent

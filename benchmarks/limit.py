@@ -30,9 +30,9 @@ from benchmarks.graph import graph_file, measure, packs
 from benchmarks.packed import prompts
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.onnx_scorer import session_options
 from ercbatch.prompts.packs import Pack
 from ercbatch.records import read_dialogues
+from ercbatch.scoring.onnx_scorer import session_options
 from ercbatch.stopping import errors
 from export.graph import MICROSOFT
 from export.int4 import BLOCK

@@ -24,9 +24,9 @@ import numpy.typing as npt
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.onnx_scorer import LONGEST_PACK
 from ercbatch.pipeline import Engine
 from ercbatch.records import read_dialogues
+from ercbatch.scoring.onnx_scorer import LONGEST_PACK
 from ercbatch.stopping import errors
 
 Rows = dict[int, npt.NDArray[np.float64]]

@@ -59,8 +59,8 @@ from ercbatch.bundle.manifest import encoder_files
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet
-from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 
 _TIMED = 3

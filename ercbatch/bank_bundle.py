@@ -19,7 +19,7 @@ from ercbatch.bundle.manifest import (
     write_bundle,
 )
 from ercbatch.labeler import open_retriever
-from ercbatch.onnx_scorer import available_threads
+from ercbatch.scoring.onnx_scorer import available_threads
 
 
 def rebuild_with_examples(

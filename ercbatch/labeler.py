@@ -18,12 +18,12 @@ from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.onnx_scorer import LONGEST_PACK, available_threads
 from ercbatch.pipeline import Engine, Restart, Retriever
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
-from ercbatch.scorers import AUTO, choose_runtime, open_scorer
+from ercbatch.scoring.onnx_scorer import LONGEST_PACK, available_threads
+from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
 
 T = TypeVar("T")
 _PACKAGES = ("emoji", "numpy", "orjson", "tokenizers", "zstandard")

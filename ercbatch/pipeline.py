@@ -26,7 +26,7 @@ from ercbatch.errors import BundleError, foreign_errors
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.packs import Pack, Packer
 from ercbatch.prompts.tree import Question, Renderer, Task
-from ercbatch.scoring import Scorer, calibrated
+from ercbatch.scoring.scorer import Scorer, calibrated
 
 T = TypeVar("T")
 R = TypeVar("R")

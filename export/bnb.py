@@ -1,4 +1,4 @@
-"""A model quantized by bitsandbytes, as files that `ercbatch.bnb_scorer` reads."""
+"""A model quantized by bitsandbytes, as files that `ercbatch.scoring.bnb_scorer` reads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from ercbatch.bnb_scorer import INT8_SCALES, NF4_BLOCK, bnb, quantizable, shape_of
 from ercbatch.bundle import manifest as files
 from ercbatch.errors import UsageError
-from ercbatch.torch_model import PackedModel
+from ercbatch.scoring.bnb_scorer import INT8_SCALES, NF4_BLOCK, bnb, quantizable, shape_of
+from ercbatch.scoring.packed_model import PackedModel
 
 
 def write_bnb(model: PackedModel, folder: Path, form: str) -> list[Path]:

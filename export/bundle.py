@@ -21,13 +21,13 @@ from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.bundle.manifest import BundleInfo, encoder_files, odd_files, write_bundle
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import LossError, UsageError
-from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.templates import template
-from ercbatch.scorers import open_model
-from ercbatch.torch_model import PackedModel
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.packed_model import PackedModel
+from ercbatch.scoring.runtimes import open_model
+from ercbatch.scoring.torch_scorer import TorchScorer
 from export.card import write_card
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.measure import Measured, Questions, Say, measure, with_demonstrations

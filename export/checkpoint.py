@@ -23,13 +23,13 @@ from ercbatch.bundle.manifest import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, ErcbatchError
 from ercbatch.labeler import Labeler
-from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.packs import join
 from ercbatch.prompts.tokens import control_tokens
 from ercbatch.prompts.tree import Question, Task
-from ercbatch.torch_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.onnx_scorer import OnnxScorer
+from ercbatch.scoring.packed_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
+from ercbatch.scoring.torch_scorer import TorchScorer
 from export.graph import TRANSPOSED
 from export.quantize import stored_weights
 from export.rounding import Array

@@ -15,7 +15,7 @@ from ercbatch.bundle import manifest as bundle
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import load_tokenizer
-from ercbatch.torch_model import check_config
+from ercbatch.scoring.packed_model import check_config
 from export.graph import Graph
 from export.quantize import quantize_lookups, quantize_products
 from export.statistics import module_inputs

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
-from ercbatch.torch_model import PackedModel, collate, save_tokenizer
+from ercbatch.scoring.packed_model import PackedModel, collate, save_tokenizer
 from export.attention import sum_softmax_in_double
 from export.fusions import fuse_rotations
 from export.graph import data_file

@@ -13,7 +13,7 @@ from ercbatch.labels import LabelSet
 from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Renderer, Task
-from ercbatch.scoring import Scorer
+from ercbatch.scoring.scorer import Scorer
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Recipe
 from train.run import TrainedRun, digest

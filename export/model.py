@@ -8,8 +8,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ercbatch.tiles import ORDER
-from ercbatch.torch_model import PackedModel, check_config
+from ercbatch.scoring.packed_model import PackedModel, check_config
+from ercbatch.scoring.tiles import ORDER
 from export.graph import Graph
 from export.narrow import narrow
 from export.shapes import settle_shapes

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ercbatch.evaluate import coverage_points, expected_calibration_error
-from ercbatch.scoring import calibrated
+from ercbatch.scoring.scorer import calibrated
 from train.validate import Predictions
 
 Floats = npt.NDArray[np.float64]
@@ -95,7 +95,7 @@ def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A temperature, and an offset for each label or none, for `ercbatch.scoring.calibrated`."""
+    """A temperature, and an offset for each label or none, for `ercbatch.scoring.scorer.calibrated`."""
 
     temperature: float = 1.0
     offsets: tuple[float, ...] = ()

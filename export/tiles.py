@@ -2,7 +2,7 @@
 
 In a pack most tokens don't see most others. Its rows are cut into a fixed number of tiles, of any
 size, and each tile has the list of the keys that any of its rows sees; which these are is decided
-for each pack where its tree is known (`ercbatch/tiles.py`), and is an input of the graph. What a
+for each pack where its tree is known (`ercbatch/scoring/tiles.py`), and is an input of the graph. What a
 row sees stands in the same order as before, and the mask still hides what only other rows of its
 tile see: nothing changes but what is not computed. (FlexAttention's block masks and Hydragen, arXiv
 2402.05099, leave the same out.)
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto, TensorProto, helper
 
-from ercbatch.tiles import KEY_COUNTS, KEYS, ROW_COUNTS
+from ercbatch.scoring.tiles import KEY_COUNTS, KEYS, ROW_COUNTS
 from export.graph import Graph, add_node, attributes
 from export.shapes import BY_ELEMENT, Shape, infer_shapes
 

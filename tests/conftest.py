@@ -16,7 +16,7 @@ import pytest
 
 from ercbatch.bundle.manifest import MANIFEST, with_digest
 from ercbatch.prompts.tokens import SegmentTokenizer
-from ercbatch.torch_model import load_causal_lm
+from ercbatch.scoring.packed_model import load_causal_lm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

@@ -19,12 +19,12 @@ from benchmarks.packed import separate
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
-from ercbatch.onnx_scorer import feed, tiles_of
 from ercbatch.prompts.packs import Pack, graft, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out, visible
 from ercbatch.records import read_dialogues
-from ercbatch.tiles import KEYS, cut, levels
-from ercbatch.torch_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.onnx_scorer import feed, tiles_of
+from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.tiles import KEYS, cut, levels
 from export.attention import sum_softmax_in_double
 from export.fusions import fuse_rotations
 from export.graph import Graph

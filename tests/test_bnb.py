@@ -35,9 +35,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ercbatch.bnb_scorer import BnbScorer, bnb
-from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.bnb_scorer import BnbScorer, bnb
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.torch_scorer import TorchScorer
 from export.bnb import write_bnb
 
 FORMS = ["nf4", "bnb-int8"]
@@ -321,7 +321,7 @@ def test_nothing_is_fetched_where_the_package_kernels_is_installed(tmp_path: Pat
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): print('fetched')\n")
     done = python(
         "-c",
-        "import ercbatch.bnb_scorer, kernels; print(kernels.__name__)",
+        "import ercbatch.scoring.bnb_scorer, kernels; print(kernels.__name__)",
         PYTHONPATH=str(tmp_path),
     )
     assert (done.returncode, done.stdout) == (0, "kernels\n"), done.stderr

@@ -13,8 +13,8 @@ from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle
 from ercbatch.records import read_dialogues
-from ercbatch.tiles import cut
-from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.tiles import cut
 from export.forms import write_graph
 from export.tiles import TILES
 

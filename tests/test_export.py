@@ -34,8 +34,8 @@ from test_graph import pack
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle, open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
-from ercbatch.onnx_scorer import check_full_range
-from ercbatch.torch_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.onnx_scorer import check_full_range
+from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 from export.__main__ import main
 from export.quantize import probe
 from train.run import load_run

@@ -26,7 +26,7 @@ from ercbatch.bank import Demonstration, DemonstrationBank
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.prompts.tree import Task
-from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from train.datasets import Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable

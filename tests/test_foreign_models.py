@@ -16,7 +16,7 @@ from conftest import UNTRAINED, export_bundle, python, write_gguf, write_model, 
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.errors import UsageError
-from ercbatch.torch_model import load_causal_lm, refuse_code
+from ercbatch.scoring.packed_model import load_causal_lm, refuse_code
 from export.__main__ import main
 from train.run import load_run
 

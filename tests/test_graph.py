@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from test_architectures import ACCEPTED
 
 from ercbatch.bundle import manifest as files
-from ercbatch.onnx_scorer import OnnxScorer
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out
-from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.onnx_scorer import OnnxScorer
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import write_graph
 from export.graph import Graph, data_file
 from export.model import trace_scorer, traced_attention

@@ -26,7 +26,7 @@ from onnx_graphs import (
 from ercbatch.bundle.manifest import MODEL, find_bundle
 from ercbatch.bundle.onnx_file import check_onnx, read_onnx
 from ercbatch.errors import BundleError
-from ercbatch.onnx_scorer import open_session
+from ercbatch.scoring.onnx_scorer import open_session
 
 
 @pytest.fixture

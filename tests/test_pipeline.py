@@ -14,9 +14,9 @@ from conftest import CHAT
 
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
-from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import in_order
 from ercbatch.records import read_dialogues
+from ercbatch.scoring.onnx_scorer import available_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

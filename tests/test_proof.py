@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ercbatch.scoring import calibrated
+from ercbatch.scoring.scorer import calibrated
 from export.proof import (
     Limits,
     Scaling,

@@ -16,8 +16,8 @@ from ercbatch.prompts.packs import join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tree import Renderer, Task, Window, speaker_numbers
 from ercbatch.records import read_dialogues
-from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.torch_scorer import TorchScorer
 from train.datasets import Scene
 from train.samples import TASKS, Sampler, speaker_questions
 from train.validate import speaker_accuracy

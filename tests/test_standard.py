@@ -26,9 +26,9 @@ from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, Window
-from ercbatch.standard_scorer import StandardScorer, batches, separate
-from ercbatch.torch_model import PackedModel, load_causal_lm
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.standard_scorer import StandardScorer, batches, separate
+from ercbatch.scoring.torch_scorer import TorchScorer
 from export.model import trace_scorer
 from export.standard import export_standard
 from export.trace import trace

@@ -17,7 +17,7 @@ from ercbatch.prompts.packs import Pack, graft, join, pack
 from ercbatch.prompts.templates import clean, template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Segment, Task, Window, lay_out, visible
-from ercbatch.torch_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 
 LABELS = ("neutral", "joyful", "sad", "sadder", "joyless")
 SAID = st.text(

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from ercbatch.errors import UsageError
-from ercbatch.torch_model import PackedModel
+from ercbatch.scoring.packed_model import PackedModel
 from train.recipe import Recipe
 
 _PROJECTIONS = (

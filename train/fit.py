@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from ercbatch.bundle.manifest import encoder_files
 from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import InputError, UsageError
-from ercbatch.onnx_scorer import available_threads
 from ercbatch.pipeline import Retriever
 from ercbatch.prompts.tree import Task
-from ercbatch.torch_model import PackedModel, check_config, load_causal_lm, save_tokenizer
+from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm, save_tokenizer
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
 from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, told

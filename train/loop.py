@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.prompts.tree import Task
-from ercbatch.torch_model import PackedModel
+from ercbatch.scoring.packed_model import PackedModel
 from train.average import Average
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step

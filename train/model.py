@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.prompts.tokens import SegmentTokenizer
-from ercbatch.torch_model import PackedModel, check_config, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm
 from train.adapter import add_lora
 from train.dropout import dropout_settings
 from train.recipe import Recipe
@@ -69,7 +69,7 @@ def quantization(recipe: Recipe) -> Any:
         MissingExtraError: it isn't installed.
     """
     try:
-        import ercbatch.bnb_scorer  # noqa: F401  # bitsandbytes, and no kernel from the hub
+        import ercbatch.scoring.bnb_scorer  # noqa: F401  # bitsandbytes, and no kernel from the hub
     except ImportError as error:
         raise MissingExtraError(
             f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install '.[bnb]' in a "

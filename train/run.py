@@ -23,7 +23,7 @@ from ercbatch.bundle.manifest import encoder_files
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.prompts.tree import Window
-from ercbatch.torch_model import PackedModel, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from train.model import quantization
 from train.recipe import Recipe, Source, recipe_from
 

@@ -18,7 +18,7 @@ from ercbatch.labels import LabelSet
 from ercbatch.prompts.packs import Pack, graft
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, speaker_numbers
-from ercbatch.torch_model import Batch, collate
+from ercbatch.scoring.packed_model import Batch, collate
 from train.datasets import Dataset, Scene, Target, one_hot
 from train.noise import hurried, rewritten, transcribed
 from train.recipe import Recipe

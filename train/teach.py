@@ -27,7 +27,7 @@ from ercbatch.labels import LabelSet
 from ercbatch.pipeline import Engine
 from ercbatch.prompts.tree import Renderer
 from ercbatch.records import dump_record, read_dialogues
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.torch_scorer import TorchScorer
 from train.run import TrainedRun, digest, load_run
 
 _PACK_TOKENS = 1024

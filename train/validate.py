@@ -14,8 +14,8 @@ from ercbatch.prompts.answers import AnswerTrie
 from ercbatch.prompts.packs import pack
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer, Task, speaker_numbers
-from ercbatch.torch_model import PackedModel
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.packed_model import PackedModel
+from ercbatch.scoring.torch_scorer import TorchScorer
 from train.datasets import Dataset, Scene, file_names
 from train.recipe import Recipe
 from train.samples import speaker_questions

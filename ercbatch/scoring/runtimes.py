@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import RUNTIMES, Bundle
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
-from ercbatch.onnx_scorer import OnnxScorer, check_full_range
 from ercbatch.prompts.answers import AnswerHead
-from ercbatch.scoring import Scorer
-from ercbatch.standard_scorer import StandardScorer
+from ercbatch.scoring.onnx_scorer import OnnxScorer, check_full_range
+from ercbatch.scoring.scorer import Scorer
+from ercbatch.scoring.standard_scorer import StandardScorer
 
 AUTO = "auto"
 
@@ -64,7 +64,7 @@ def open_model(
         kind = StandardScorer if form == "optimum" else OnnxScorer
         return kind(folder / files.MODEL, head, threads, listed)
     try:
-        from ercbatch.bnb_scorer import BnbScorer
+        from ercbatch.scoring.bnb_scorer import BnbScorer
     except ImportError as error:
         raise MissingExtraError(
             f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ercbatch.errors import UsageError, foreign_errors
-from ercbatch.masks import Masks
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tokens import SegmentTokenizer, check_tokenizer, control_tokens
 from ercbatch.prompts.tree import Segment, lay_out
+from ercbatch.scoring.masks import Masks
 
 
 def check_config(source: str) -> Mapping[str, Any]:

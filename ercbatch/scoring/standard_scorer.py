@@ -14,11 +14,11 @@ import numpy.typing as npt
 import onnxruntime
 
 from ercbatch.errors import BundleError
-from ercbatch.onnx_scorer import open_session, run_session
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
 from ercbatch.prompts.tree import IntArray
-from ercbatch.scoring import Scorer
+from ercbatch.scoring.onnx_scorer import open_session, run_session
+from ercbatch.scoring.scorer import Scorer
 
 BATCH_TOKENS = 512
 """Tokens of a batch, padding included; a longer prompt is a batch of its own.

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack, split
-from ercbatch.torch_model import PackedModel, refuse_code
-from ercbatch.torch_scorer import TorchScorer
+from ercbatch.scoring.packed_model import PackedModel, refuse_code
+from ercbatch.scoring.torch_scorer import TorchScorer
 
 
 def import_bitsandbytes() -> ModuleType:

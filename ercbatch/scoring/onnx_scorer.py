@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ercbatch import tiles
 from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.errors import BundleError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
-from ercbatch.scoring import StateScorer
+from ercbatch.scoring import tiles
+from ercbatch.scoring.scorer import StateScorer
 
 
 def available_threads(

@@ -9,8 +9,8 @@ import torch
 
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
-from ercbatch.scoring import StateScorer
-from ercbatch.torch_model import PackedModel, collate
+from ercbatch.scoring.packed_model import PackedModel, collate
+from ercbatch.scoring.scorer import StateScorer
 
 
 class TorchScorer(StateScorer):

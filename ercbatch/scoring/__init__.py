@@ -1,0 +1,1 @@
+"""Scoring: log probabilities of the labels, from one of several runtimes."""
