@@ -25,11 +25,11 @@ from sklearn.linear_model import LogisticRegression
 
 from ercbatch.bundle.manifest import encoder_files
 from ercbatch.dialogues import Dialogue
-from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import UsageError
 from ercbatch.evaluate import Evaluation, evaluation
 from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
+from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 from train.datasets import Dataset, read_dataset

@@ -47,7 +47,11 @@ import numpy as np
 from benchmarks.options import numbers
 from benchmarks.searches import COUNTS, Engine, OwnBank, Peer, Queries, Truth, open_bank
 from benchmarks.sentences import invent
-from ercbatch.bank import (
+from ercbatch.bundle.manifest import encoder_files
+from ercbatch.errors import UsageError
+from ercbatch.labels import LabelSet
+from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.retrieval.bank import (
     CANDIDATES,
     Demonstration,
     Vectors,
@@ -55,11 +59,7 @@ from ercbatch.bank import (
     search_breadth,
     text_key,
 )
-from ercbatch.bundle.manifest import encoder_files
-from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import UsageError
-from ercbatch.labels import LabelSet
-from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.bank import Demonstration, DemonstrationBank, Vectors
 from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, Vectors
 
 COUNTS = (1, 3, 5)
 """Results for each query, of which recall is told."""

@@ -11,9 +11,9 @@ import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from ercbatch.bank import TEXTS, Demonstration, read_examples
 from ercbatch.bundle.manifest import find_bundle
 from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.retrieval.bank import TEXTS, Demonstration, read_examples
 
 _MOST_WORDS = 40
 

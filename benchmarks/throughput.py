@@ -36,11 +36,11 @@ from benchmarks.engines import BASELINE, KINDS, EngineProcess
 from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
 from benchmarks.plan import Plan, Round, plan
-from ercbatch.bank import TEXTS
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle
 from ercbatch.errors import UsageError
 from ercbatch.records import read_dialogues
+from ercbatch.retrieval.bank import TEXTS
 from ercbatch.stopping import errors
 
 _CHAT = Path(__file__).resolve().parent.parent / "examples" / "labelled_chat.jsonl"

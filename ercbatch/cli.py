@@ -361,7 +361,7 @@ def bank_build(
 ) -> None:
     """Write a bundle that demonstrates with your own labelled examples. Nothing is trained."""
     with errors():
-        from ercbatch.bank_bundle import rebuild_with_examples
+        from ercbatch.retrieval.rebuild import rebuild_with_examples
 
         count, doubt = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
     click.echo(f"{output}: {count:,} demonstrations", err=True)

@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.bank import DemonstrationBank
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
-from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.pipeline import Engine, Restart, Retriever
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
+from ercbatch.retrieval.bank import DemonstrationBank
+from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK, available_threads
 from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
 

@@ -19,13 +19,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.bank import DemonstrationBank
 from ercbatch.dialogues import Dialogue
-from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, foreign_errors
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.packs import Pack, Packer
 from ercbatch.prompts.tree import Question, Renderer, Task
+from ercbatch.retrieval.bank import DemonstrationBank
+from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.scorer import Scorer, calibrated
 
 T = TypeVar("T")

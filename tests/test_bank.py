@@ -13,7 +13,9 @@ from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ercbatch.bank import (
+from ercbatch.errors import BundleError, InputError
+from ercbatch.labels import LabelSet, label_set
+from ercbatch.retrieval.bank import (
     INDEX,
     TEXTS,
     VECTORS,
@@ -25,10 +27,8 @@ from ercbatch.bank import (
     rebuild_index,
     search_breadth,
 )
-from ercbatch.encoder import SentenceEncoder
-from ercbatch.errors import BundleError, InputError
-from ercbatch.hnsw_file import is_sound
-from ercbatch.labels import LabelSet, label_set
+from ercbatch.retrieval.encoder import SentenceEncoder
+from ercbatch.retrieval.hnsw_file import is_sound
 
 Vectors = npt.NDArray[np.float32]
 

@@ -16,7 +16,6 @@ from conftest import CHAT, EXAMPLES, cli, python, write_model
 from safetensors.numpy import save_file
 
 from ercbatch import Labeler
-from ercbatch.bank import INDEX, TEXTS, VECTORS
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
@@ -27,6 +26,7 @@ from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Read, Renderer, Segment, Task, lay_out
 from ercbatch.records import read_dialogues
+from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS
 
 pytest.importorskip("bitsandbytes")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, cli, describe, export_bundle
 
-from ercbatch.bank import read_examples
 from ercbatch.bundle.manifest import FORMAT, find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
+from ercbatch.retrieval.bank import read_examples
 
 
 def test_show_and_verify_say_what_a_bundle_is(bundle_folder: Path) -> None:

@@ -22,10 +22,10 @@ from conftest import CHAT, ROOT, python, write_model, write_recipe
 from safetensors.torch import load_file
 from scenes import dataset, recipe, scene
 
-from ercbatch.bank import Demonstration, DemonstrationBank
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.prompts.tree import Task
+from ercbatch.retrieval.bank import Demonstration, DemonstrationBank
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from train.datasets import Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective

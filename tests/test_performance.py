@@ -14,8 +14,8 @@ from conftest import CHAT, python
 from benchmarks.performance import write_page
 from benchmarks.searches import Truth
 from benchmarks.sentences import converse, invent
-from ercbatch.bank import Demonstration, DemonstrationBank, text_key
 from ercbatch.errors import UsageError
+from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, text_key
 
 
 def last_line(*arguments: str | Path) -> dict[str, Any]:

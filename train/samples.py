@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ercbatch.bank import Demonstration, DemonstrationBank, balance
 from ercbatch.dialogues import Dialogue
-from ercbatch.encoder import SentenceEncoder
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.packs import Pack, graft
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, speaker_numbers
+from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, balance
+from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.packed_model import Batch, collate
 from train.datasets import Dataset, Scene, Target, one_hot
 from train.noise import hurried, rewritten, transcribed

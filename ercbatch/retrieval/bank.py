@@ -16,10 +16,10 @@ import orjson
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.dialogues import parse_dialogue
-from ercbatch.encoder import SentenceEncoder
 from ercbatch.errors import BundleError, InputError, RecordError
-from ercbatch.hnsw_file import is_sound
 from ercbatch.labels import LabelSet
+from ercbatch.retrieval.encoder import SentenceEncoder
+from ercbatch.retrieval.hnsw_file import is_sound
 
 Vectors = npt.NDArray[np.float32]
 

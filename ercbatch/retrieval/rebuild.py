@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ercbatch.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
 from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import (
     CARD,
@@ -19,6 +18,7 @@ from ercbatch.bundle.manifest import (
     write_bundle,
 )
 from ercbatch.labeler import open_retriever
+from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
 from ercbatch.scoring.onnx_scorer import available_threads
 
 

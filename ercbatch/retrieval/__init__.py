@@ -1,0 +1,1 @@
+"""Retrieval: the bank of demonstrations, its encoder and its index."""
