@@ -32,8 +32,8 @@ import click
 from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import ErcbatchError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.records import read_dialogues
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "labelled_chat.jsonl"

@@ -25,11 +25,11 @@ from ercbatch.bundle.manifest import find_bundle
 from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import Pack, pack
 from ercbatch.prompts.tree import Question, Task
-from ercbatch.records import read_dialogues
 from ercbatch.scoring.onnx_scorer import feed, session_options, tiles_of
 from ercbatch.stopping import errors
 

@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks.sentences import converse, invent
 from ercbatch.errors import UsageError
+from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.records import dump_record, read_dialogues
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.stopping import errors
 
@@ -40,7 +40,7 @@ import sys, time
 from pathlib import Path
 times = [time.monotonic()]
 from ercbatch.labeler import Labeler
-from ercbatch.records import read_dialogues
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.run import run_label
 times.append(time.monotonic())
 from ercbatch.bundle.manifest import find_bundle, open_bundle

@@ -29,9 +29,9 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.graph import graph_file, measure, packs
 from benchmarks.packed import prompts
 from ercbatch.errors import UsageError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
-from ercbatch.records import read_dialogues
 from ercbatch.scoring.onnx_scorer import session_options
 from ercbatch.stopping import errors
 from export.graph import MICROSOFT

@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.pipeline import Engine
-from ercbatch.records import read_dialogues
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK
 from ercbatch.stopping import errors
 

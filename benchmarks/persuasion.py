@@ -21,8 +21,8 @@ import click
 
 from benchmarks.sentences import invent
 from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.records import read_dialogues
 from ercbatch.stopping import errors
 
 LINES = (

@@ -39,7 +39,7 @@ from benchmarks.plan import Plan, Round, plan
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle
 from ercbatch.errors import UsageError
-from ercbatch.records import read_dialogues
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.retrieval.bank import TEXTS
 from ercbatch.stopping import errors
 

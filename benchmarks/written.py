@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labels import LabelSet, label_set
-from ercbatch.records import read_dialogues
 
 FOLDER = Path(__file__).resolve().parent.parent / "train" / "data"
 PARTS = ("train", "valid", "held-out")

@@ -160,11 +160,11 @@ def label(
     if not quiet:
         click.echo(f"ercbatch: loading bundle {printable(bundle)}", err=True)
     with errors(), stoppable() as stop:
-        from ercbatch.inputs import expand_inputs
+        from ercbatch.inputs.files import expand_inputs
+        from ercbatch.inputs.records import Limits
         from ercbatch.labeler import Labeler
         from ercbatch.output import Files
         from ercbatch.preflight import RunOptions
-        from ercbatch.records import Limits
         from ercbatch.run import dry_run_label, run_label
 
         def load() -> Labeler:
@@ -236,8 +236,8 @@ def label(
 def convert(format: str, source: Path, output: Path, force: bool) -> None:
     """Turn a dataset publisher's files into dialogue JSONL with gold labels."""
     with errors():
-        from ercbatch.convert import convert as convert_dataset
-        from ercbatch.records import dump_record
+        from ercbatch.inputs.convert import convert as convert_dataset
+        from ercbatch.inputs.records import dump_record
 
         part = output.with_name(output.name + ".part")
         for path in (part, output):
@@ -277,8 +277,8 @@ def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
     with errors():
         from ercbatch.evaluate import evaluate as evaluate_records
         from ercbatch.evaluate import print_evaluation
+        from ercbatch.inputs.records import read_dialogues
         from ercbatch.labels import find_label_set
-        from ercbatch.records import read_dialogues
 
         records = (dialogue.record for _, dialogue in read_dialogues(labelled))
         labels = find_label_set(label_set) if label_set else None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ercbatch.errors import UsageError
-from ercbatch.inputs import STDIN
+from ercbatch.inputs.files import STDIN
+from ercbatch.inputs.records import DEFAULT_LIMITS, Limits
 from ercbatch.output import Files
-from ercbatch.records import DEFAULT_LIMITS, Limits
 
 
 @dataclass(frozen=True, slots=True)

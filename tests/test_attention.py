@@ -19,9 +19,9 @@ from benchmarks.packed import separate
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.prompts.packs import Pack, graft, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out, visible
-from ercbatch.records import read_dialogues
 from ercbatch.scoring.onnx_scorer import feed, tiles_of
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 from ercbatch.scoring.tiles import KEYS, cut, levels

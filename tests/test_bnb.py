@@ -20,12 +20,12 @@ from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import BundleError, UsageError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import graft, join, split
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Read, Renderer, Segment, Task, lay_out
-from ercbatch.records import read_dialogues
 from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS
 
 pytest.importorskip("bitsandbytes")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
 from ercbatch.bundle.manifest import read_info
-from ercbatch.records import read_dialogues
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.__main__ import main

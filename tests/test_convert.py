@@ -10,9 +10,9 @@ import conftest
 import pytest
 
 from ercbatch import cli
-from ercbatch.convert import FORMATS, convert, decode
 from ercbatch.dialogues import parse_dialogue
 from ercbatch.errors import InputError, UsageError
+from ercbatch.inputs.convert import FORMATS, convert, decode
 from ercbatch.labels import label_set
 
 # With Windows-1252 as a byte and as a C1 control, and with a dialogue out of order.

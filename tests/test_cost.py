@@ -12,7 +12,7 @@ from benchmarks.graph import PRODUCTS, asked, packs
 from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle
-from ercbatch.records import read_dialogues
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.tiles import cut
 from export.forms import write_graph

@@ -9,8 +9,8 @@ import pytest
 from conftest import CHAT, EXAMPLES, python
 
 from benchmarks.shapes import SHAPES, write_checkpoint
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.records import read_dialogues
 
 UTTERANCES = sum(len(d.utterances) for _, d in read_dialogues(CHAT))
 

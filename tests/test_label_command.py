@@ -20,7 +20,7 @@ from test_records import BAD
 from ercbatch import Labeler
 from ercbatch import cli as command
 from ercbatch.bundle.manifest import MOST_DEMONSTRATIONS
-from ercbatch.records import DEFAULT_LIMITS, Limits
+from ercbatch.inputs.records import DEFAULT_LIMITS, Limits
 
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from kill_loop import damaged
 
 from ercbatch.errors import InputError, UsageError
-from ercbatch.inputs import expand_inputs
-from ercbatch.records import (
+from ercbatch.inputs.files import expand_inputs
+from ercbatch.inputs.records import (
     DEFAULT_LIMITS,
     Accepted,
     Counts,

@@ -11,11 +11,11 @@ from conftest import CHAT, export_bundle, python, write_recipe
 from scenes import dataset, recipe, scene
 
 from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labels import label_set
 from ercbatch.prompts.packs import join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tree import Renderer, Task, Window, speaker_numbers
-from ercbatch.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.torch_scorer import TorchScorer
 from train.datasets import Scene

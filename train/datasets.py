@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import InputError
+from ercbatch.inputs.records import read_dialogues
 from ercbatch.labels import LabelSet, find_label_set
-from ercbatch.records import read_dialogues
 from train.recipe import Recipe, Source, distinct_names
 
 Target = npt.NDArray[np.float32]

@@ -23,10 +23,10 @@ import torch
 
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
+from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labels import LabelSet
 from ercbatch.pipeline import Engine
 from ercbatch.prompts.tree import Renderer
-from ercbatch.records import dump_record, read_dialogues
 from ercbatch.scoring.torch_scorer import TorchScorer
 from train.run import TrainedRun, digest, load_run
 

@@ -13,7 +13,7 @@ import orjson
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import InputError, RecordError, UnreadableError
-from ercbatch.inputs import DAMAGES, STDIN, is_compressed, open_input, pass_over, shown
+from ercbatch.inputs.files import DAMAGES, STDIN, is_compressed, open_input, pass_over, shown
 
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")

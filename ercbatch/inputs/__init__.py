@@ -1,0 +1,1 @@
+"""Inputs: files and folders, the records in them, and the publishers' formats."""
