@@ -41,7 +41,7 @@ from pathlib import Path
 times = [time.monotonic()]
 from ercbatch.labeler import Labeler
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.run import run_label
+from ercbatch.runs.run import run_label
 times.append(time.monotonic())
 from ercbatch.bundle.manifest import find_bundle, open_bundle
 bundle = open_bundle(find_bundle(sys.argv[1]))

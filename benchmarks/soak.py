@@ -27,7 +27,7 @@ import click
 import orjson
 
 from benchmarks.sentences import invent
-from ercbatch.output import JOURNAL
+from ercbatch.runs.output import JOURNAL
 from ercbatch.stopping import STOPPED
 
 _ROOT = Path(__file__).resolve().parent.parent

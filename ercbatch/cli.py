@@ -163,9 +163,9 @@ def label(
         from ercbatch.inputs.files import expand_inputs
         from ercbatch.inputs.records import Limits
         from ercbatch.labeler import Labeler
-        from ercbatch.output import Files
-        from ercbatch.preflight import RunOptions
-        from ercbatch.run import dry_run_label, run_label
+        from ercbatch.runs.output import Files
+        from ercbatch.runs.preflight import RunOptions
+        from ercbatch.runs.run import dry_run_label, run_label
 
         def load() -> Labeler:
             labeler = Labeler(

@@ -150,8 +150,8 @@ def stoppable() -> Iterator[Stopper]:
 @contextmanager
 def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
     """Says how to go on with a labelling run that ends early, if one can."""
-    from ercbatch.output import JOURNAL
-    from ercbatch.preflight import can_resume
+    from ercbatch.runs.output import JOURNAL
+    from ercbatch.runs.preflight import can_resume
 
     try:
         yield

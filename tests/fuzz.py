@@ -30,13 +30,13 @@ from ercbatch.bundle.manifest import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import Counts, Limits, Reject, dump_record, read_records
-from ercbatch.journal import BEGINNING, Commit, Journal
-from ercbatch.output import Files
-from ercbatch.preflight import RunOptions
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
-from ercbatch.run import run_label
+from ercbatch.runs.journal import BEGINNING, Commit, Journal
+from ercbatch.runs.output import Files
+from ercbatch.runs.preflight import RunOptions
+from ercbatch.runs.run import run_label
 
 _PIECES = (
     *("[SEP]", "[CLS]", "[PAD]", "[MASK]", "[UNK]", "<s>", "</s>", "<|im_end|>", "<|endoftext|>"),

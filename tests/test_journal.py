@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ercbatch.errors import UsageError
-from ercbatch.journal import Commit, Journal, Place
+from ercbatch.runs.journal import Commit, Journal, Place
 
 COMMIT = Commit(Place(0, 1, 9, 1, 0), 1, 3, 70, 9, "ab", "cd", 1, 1, 5, 0.5)
 

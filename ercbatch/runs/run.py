@@ -25,11 +25,17 @@ from ercbatch.errors import (
 )
 from ercbatch.inputs.files import STDIN, shown
 from ercbatch.inputs.records import Accepted, Counts, Reject, read_records
-from ercbatch.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.labeler import Labeler
-from ercbatch.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of, tell
-from ercbatch.preflight import RunOptions, can_resume, check_files, check_rejects, check_unasked
 from ercbatch.progress import Progress
+from ercbatch.runs.journal import BEGINNING, FORMAT, Journal, Place, differences
+from ercbatch.runs.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of, tell
+from ercbatch.runs.preflight import (
+    RunOptions,
+    can_resume,
+    check_files,
+    check_rejects,
+    check_unasked,
+)
 from ercbatch.stopping import Stopper
 
 _TIMED = 200

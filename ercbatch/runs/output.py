@@ -21,7 +21,7 @@ from ercbatch.dialogues import LabeledDialogue
 from ercbatch.errors import OutputError
 from ercbatch.inputs.files import MANIFEST, REJECTS, shown
 from ercbatch.inputs.records import Reject, dump_record
-from ercbatch.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
+from ercbatch.runs.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
 from ercbatch.streams import printable
 from ercbatch.transcript import print_dialogue
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ercbatch.errors import UsageError
 from ercbatch.inputs.files import STDIN
 from ercbatch.inputs.records import DEFAULT_LIMITS, Limits
-from ercbatch.output import Files
+from ercbatch.runs.output import Files
 
 
 @dataclass(frozen=True, slots=True)
