@@ -31,7 +31,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, Source, read_recipe
 from train.validate import predict

@@ -31,7 +31,7 @@ from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import Pack, pack
 from ercbatch.prompts.tree import Question, Task
 from ercbatch.scoring.onnx_scorer import feed, session_options, tiles_of
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 PRODUCTS = frozenset(
     (

@@ -30,7 +30,7 @@ from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.scoring.onnx_scorer import available_threads
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "group_chat.jsonl"

@@ -33,7 +33,7 @@ from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.onnx_scorer import session_options
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 from export.graph import MICROSOFT
 from export.int4 import BLOCK
 

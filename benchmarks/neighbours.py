@@ -27,7 +27,7 @@ from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.pipeline import Engine
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 Rows = dict[int, npt.NDArray[np.float64]]
 """Utterance -> its probabilities [labels]."""

@@ -20,7 +20,7 @@ import click
 from benchmarks import sections
 from benchmarks.sections import Figures, Section, table
 from ercbatch.errors import UsageError
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 _MACHINE = "machine"
 _NOT_PAID = Path(__file__).with_name("not_paid.md")

@@ -61,7 +61,7 @@ from ercbatch.retrieval.bank import (
 )
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 _TIMED = 3
 """Results, where speed is told."""

@@ -28,7 +28,7 @@ import orjson
 
 from benchmarks.sentences import invent
 from ercbatch.runs.output import JOURNAL
-from ercbatch.stopping import STOPPED
+from ercbatch.terminal.stopping import STOPPED
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SENTENCES = 5_000

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ercbatch.errors import UsageError
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 from train.fit import FitOptions, fit_recipe
 from train.recipe import Recipe, Source, distinct_names, read_recipe
 from train.run import DESCRIPTION, digest

@@ -41,7 +41,7 @@ from ercbatch.bundle.manifest import find_bundle
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.retrieval.bank import TEXTS
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 _CHAT = Path(__file__).resolve().parent.parent / "examples" / "labelled_chat.jsonl"
 """What exports are measured on, as they must be."""

@@ -25,7 +25,7 @@ from ercbatch.errors import UsageError
 from ercbatch.prompts.packs import Pack
 from ercbatch.prompts.tree import Task, visible
 from ercbatch.scoring.packed_model import Batch, collate
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 from train.datasets import read_dataset
 from train.loop import Objective
 from train.model import load_trainable

@@ -14,8 +14,8 @@ from ercbatch.errors import (
     MissingExtraError,
     UsageError,
 )
-from ercbatch.stopping import errors, resumable, stoppable
-from ercbatch.streams import printable, steady_streams
+from ercbatch.terminal.stopping import errors, resumable, stoppable
+from ercbatch.terminal.streams import printable, steady_streams
 
 FINISHED_WITH_REJECTS = 3
 _PATIENCE = 2.0
@@ -303,7 +303,7 @@ def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
     with errors():
         from ercbatch.bundle.manifest import find_bundle, read_info
-        from ercbatch.show import describe
+        from ercbatch.terminal.show import describe
 
         folder = find_bundle(name)
         info = read_info(folder)

@@ -17,7 +17,7 @@ from rich.table import Table
 from ercbatch.dialogues import parse_dialogue
 from ercbatch.errors import InputError, RecordError
 from ercbatch.labels import LabelSet, label_set, label_set_names
-from ercbatch.streams import printable
+from ercbatch.terminal.streams import printable
 
 _BINS = 15
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ercbatch.bundle.manifest import RUNTIMES
-from ercbatch.stopping import errors, stoppable
+from ercbatch.terminal.stopping import errors, stoppable
 from export.targets import SAFE_TARGET, WEIGHT_RANGE
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo
-from ercbatch.show import FIGURES, figure
+from ercbatch.terminal.show import FIGURES, figure
 
 _METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "weighted_f1": ("f1", {"average": "weighted"}),

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ercbatch.errors import UsageError
-from ercbatch.stopping import errors
+from ercbatch.terminal.stopping import errors
 
 
 def _fold(

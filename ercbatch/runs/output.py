@@ -22,8 +22,8 @@ from ercbatch.errors import OutputError
 from ercbatch.inputs.files import MANIFEST, REJECTS, shown
 from ercbatch.inputs.records import Reject, dump_record
 from ercbatch.runs.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
-from ercbatch.streams import printable
-from ercbatch.transcript import print_dialogue
+from ercbatch.terminal.streams import printable
+from ercbatch.terminal.transcript import print_dialogue
 
 PART, JOURNAL = ".part", ".journal"
 """Endings of the names of what stands beside an output while it is written."""

@@ -26,7 +26,6 @@ from ercbatch.errors import (
 from ercbatch.inputs.files import STDIN, shown
 from ercbatch.inputs.records import Accepted, Counts, Reject, read_records
 from ercbatch.labeler import Labeler
-from ercbatch.progress import Progress
 from ercbatch.runs.journal import BEGINNING, FORMAT, Journal, Place, differences
 from ercbatch.runs.output import FileOutput, Files, StreamOutput, Tally, complete, digest_of, tell
 from ercbatch.runs.preflight import (
@@ -36,7 +35,8 @@ from ercbatch.runs.preflight import (
     check_rejects,
     check_unasked,
 )
-from ercbatch.stopping import Stopper
+from ercbatch.terminal.progress import Progress
+from ercbatch.terminal.stopping import Stopper
 
 _TIMED = 200
 """Utterances that a dry run labels to estimate the speed, about."""

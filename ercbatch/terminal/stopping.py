@@ -25,7 +25,7 @@ from ercbatch.errors import (
     UnreadableError,
     UsageError,
 )
-from ercbatch.streams import printable
+from ercbatch.terminal.streams import printable
 
 STOPPED = 75
 CLOSED_PIPE = 141

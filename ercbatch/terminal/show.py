@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ercbatch.bundle.manifest import BundleInfo
-from ercbatch.streams import printable
+from ercbatch.terminal.streams import printable
 
 FIGURES: Mapping[str, tuple[str, str]] = {
     "utterances": ("utterances with a gold label", "{:,}"),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ercbatch.dialogues import LabeledDialogue
-from ercbatch.streams import printable
+from ercbatch.terminal.streams import printable
 
 _COLOURS = {
     "neutral": "white",

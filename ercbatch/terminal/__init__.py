@@ -1,0 +1,1 @@
+"""The terminal: signals, standard streams, progress, and text for people."""
