@@ -24,10 +24,10 @@ from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle
 from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.dialogues import Dialogue
+from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import Pack, pack
 from ercbatch.prompts.tree import Question, Task
 from ercbatch.scoring.onnx_scorer import feed, session_options, tiles_of

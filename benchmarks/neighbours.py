@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.dialogues import Dialogue
+from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.pipeline import Engine
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK
 from ercbatch.terminal.stopping import errors
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from benchmarks.graph import asked, packs
 from ercbatch.dialogues import Dialogue
+from ercbatch.engine import Engine, in_order
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.pipeline import Engine, in_order
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Read, Segment, lay_out
 

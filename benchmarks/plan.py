@@ -12,9 +12,9 @@ from benchmarks.graph import packs
 from benchmarks.limit import Work, work
 from benchmarks.packed import prompts
 from ercbatch.dialogues import Dialogue, parse_dialogue
+from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.pipeline import Engine
 from ercbatch.prompts.answers import AnswerTrie
 
 _WARM_UP = (20, 20)

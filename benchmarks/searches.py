@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.pipeline import RETRIEVED_TOGETHER
+from ercbatch.engine import RETRIEVED_TOGETHER
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, Vectors
 
 COUNTS = (1, 3, 5)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
+from ercbatch.engine import Engine, Restart, Retriever
 from ercbatch.errors import BundleError, UsageError
-from ercbatch.pipeline import Engine, Restart, Retriever
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer

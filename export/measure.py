@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ercbatch.engine import Engine, Retriever
 from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
-from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Renderer, Task
 from ercbatch.scoring.scorer import Scorer

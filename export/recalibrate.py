@@ -12,8 +12,8 @@ from typing import Any
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import Bundle, BundleInfo, write_bundle
+from ercbatch.engine import Engine
 from ercbatch.labeler import Labeler, open_retriever
-from ercbatch.pipeline import Engine
 from ercbatch.scoring.onnx_scorer import available_threads
 from export.card import write_card
 from export.measure import measured_names, with_demonstrations

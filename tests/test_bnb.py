@@ -19,9 +19,9 @@ from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo, open_bundle, read_info, write_bundle
 from ercbatch.dialogues import Dialogue
+from ercbatch.engine import Engine
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.pipeline import Engine
 from ercbatch.prompts.packs import graft, join, split
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer

@@ -14,8 +14,8 @@ from conftest import CHAT
 
 from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
+from ercbatch.engine import in_order
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.pipeline import in_order
 from ercbatch.scoring.onnx_scorer import available_threads
 
 

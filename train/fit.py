@@ -17,8 +17,8 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from ercbatch.bundle.manifest import encoder_files
+from ercbatch.engine import Retriever
 from ercbatch.errors import InputError, UsageError
-from ercbatch.pipeline import Retriever
 from ercbatch.prompts.tree import Task
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads

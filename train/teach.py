@@ -22,10 +22,10 @@ import numpy.typing as npt
 import torch
 
 from ercbatch.dialogues import Dialogue
+from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labels import LabelSet
-from ercbatch.pipeline import Engine
 from ercbatch.prompts.tree import Renderer
 from ercbatch.scoring.torch_scorer import TorchScorer
 from train.run import TrainedRun, digest, load_run

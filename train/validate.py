@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ercbatch.engine import Engine, Retriever
 from ercbatch.evaluate import f1_figures
-from ercbatch.pipeline import Engine, Retriever
 from ercbatch.prompts.answers import AnswerTrie
 from ercbatch.prompts.packs import pack
 from ercbatch.prompts.tokens import SegmentTokenizer
