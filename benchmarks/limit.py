@@ -34,7 +34,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.onnx_scorer import session_options
 from ercbatch.terminal.stopping import errors
-from export.graph import MICROSOFT
+from export.graph.nodes import MICROSOFT
 from export.int4 import BLOCK
 
 _FORMS = ("fp32", "int8", "int4")

@@ -30,7 +30,7 @@ from ercbatch.prompts.tree import Question, Task
 from ercbatch.scoring.onnx_scorer import OnnxScorer
 from ercbatch.scoring.packed_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
 from ercbatch.scoring.torch_scorer import TorchScorer
-from export.graph import TRANSPOSED
+from export.graph.nodes import TRANSPOSED
 from export.quantize import stored_weights
 from export.rounding import Array
 

@@ -16,10 +16,10 @@ from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import load_tokenizer
 from ercbatch.scoring.packed_model import check_config
-from export.graph import Graph
+from export.graph.nodes import Graph
+from export.graph.trace import trace
 from export.quantize import quantize_lookups, quantize_products
 from export.statistics import module_inputs
-from export.trace import trace
 
 _SAMPLES = (
     "I can't believe you did that!",

@@ -13,9 +13,9 @@ from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.packed_model import PackedModel, collate, save_tokenizer
-from export.attention import sum_softmax_in_double
-from export.fusions import fuse_rotations
-from export.graph import data_file
+from export.graph.attention import sum_softmax_in_double
+from export.graph.fusions import fuse_rotations
+from export.graph.nodes import data_file
 from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
 from export.quantize import probe, quantize_lookups, quantize_products

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from export.graph import MICROSOFT, Graph, Product, add_node
+from export.graph.nodes import MICROSOFT, Graph, Product, add_node
 from export.quantize import sampled
 from export.rounding import Array, block_scales, round_alone, round_together
 from export.statistics import Sampler, Statistics

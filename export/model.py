@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch.scoring.packed_model import PackedModel, check_config
 from ercbatch.scoring.tiles import ORDER
-from export.graph import Graph
-from export.narrow import narrow
-from export.shapes import settle_shapes
-from export.tiles import tile_attention
-from export.trace import trace
+from export.graph.narrow import narrow
+from export.graph.nodes import Graph
+from export.graph.shapes import settle_shapes
+from export.graph.tiles import tile_attention
+from export.graph.trace import trace
 
 EXPORTED = "eager"
 """The form of attention that is traced. GPT-2's eager one has a table of its own, as long as its

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ercbatch.scoring.onnx_scorer import PROBE_SHAPE
-from export.graph import MICROSOFT, Graph, Product, add_node, attributes
+from export.graph.nodes import MICROSOFT, Graph, Product, add_node, attributes
 from export.rounding import Array, quantize_rows, round_alone, round_together, row_scales
 from export.statistics import Sampler, Statistics
 from export.targets import SAFE_TARGET, WEIGHT_RANGE

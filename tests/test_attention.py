@@ -25,11 +25,11 @@ from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out, visibl
 from ercbatch.scoring.onnx_scorer import feed, tiles_of
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 from ercbatch.scoring.tiles import KEYS, cut, levels
-from export.attention import sum_softmax_in_double
-from export.fusions import fuse_rotations
-from export.graph import Graph
+from export.graph.attention import sum_softmax_in_double
+from export.graph.fusions import fuse_rotations
+from export.graph.nodes import Graph
+from export.graph.tiles import TILES
 from export.model import trace_scorer, traced_attention
-from export.tiles import TILES
 
 
 def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> None:

@@ -16,13 +16,13 @@ from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.tiles import cut
 from export.forms import write_graph
-from export.tiles import TILES
+from export.graph.tiles import TILES
 
 MINI_NODES = 1253
 """Nodes outside matrix products in the graph of `mini`, including the floors under exponents."""
 LAYER_NODES = 244
 """Nodes outside products in a layer of an int8 Llama. Each of the eight tiles has one for the floor
-under exponents (`export/attention.py`)."""
+under exponents (`export/graph/attention.py`)."""
 TOKENS = 19.6
 """Computed for an utterance of the example, with what mini's prompts have beside it."""
 SCORES = 130

@@ -19,7 +19,7 @@ from ercbatch.scoring.onnx_scorer import OnnxScorer
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import write_graph
-from export.graph import Graph, data_file
+from export.graph.nodes import Graph, data_file
 from export.model import trace_scorer, traced_attention
 
 ROTATED = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_quantize import Array, constants, error, product, run
 
-from export.graph import Graph
+from export.graph.nodes import Graph
 from export.int4 import BLOCK, quantize_products_to_4_bits
 from export.statistics import Statistics
 

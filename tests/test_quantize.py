@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph import Graph
+from export.graph.nodes import Graph
 from export.quantize import quantize_lookups, quantize_products
 from export.statistics import Statistics
 

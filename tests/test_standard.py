@@ -29,9 +29,9 @@ from ercbatch.prompts.tree import Question, Renderer, Task, Tree, Window
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.standard_scorer import StandardScorer, batches, separate
 from ercbatch.scoring.torch_scorer import TorchScorer
+from export.graph.trace import trace
 from export.model import trace_scorer
 from export.standard import export_standard
-from export.trace import trace
 
 Writer = Callable[[Path, Path], None]
 LABELS = ("neutral", "joyful", "sad", "sadder", "joyless")

@@ -1,6 +1,6 @@
 """Which queries of a pack are held against which keys.
 
-A graph's attention has a fixed number of tiles (`export/tiles.py`): rows that follow each other,
+A graph's attention has a fixed number of tiles (`export/graph/tiles.py`): rows that follow each other,
 and the keys that any of them sees. Cutting at the right places leaves out most of what the mask
 would hide.
 """

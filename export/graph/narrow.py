@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from onnx import NodeProto
 
-from export.graph import Graph, add_node, attributes
-from export.shapes import BY_ELEMENT, TARGET, Shape, infer_shapes
+from export.graph.nodes import Graph, add_node, attributes
+from export.graph.shapes import BY_ELEMENT, TARGET, Shape, infer_shapes
 
 Axes = list[int | None]
 """For each input of a node the axis on which it has the rows that its output has on one of its

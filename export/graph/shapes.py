@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from export.graph import Graph
+from export.graph.nodes import Graph
 
 Shape = tuple[int | str, ...]
 """Of a value: sizes, or the names of sizes that differ from run to run."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from onnx import NodeProto, TensorProto, helper
 
 from ercbatch.scoring.tiles import KEY_COUNTS, KEYS, ROW_COUNTS
-from export.graph import Graph, add_node, attributes
-from export.shapes import BY_ELEMENT, Shape, infer_shapes
+from export.graph.nodes import Graph, add_node, attributes
+from export.graph.shapes import BY_ELEMENT, Shape, infer_shapes
 
 TILES = 8
 """In every graph: more make the smallest packs slower than they make the largest ones faster."""

@@ -13,7 +13,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.graph import Graph
+from export.graph.nodes import Graph
 
 OPSET = 17
 

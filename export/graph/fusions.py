@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from export.graph import MICROSOFT, Graph, add_node
+from export.graph.nodes import MICROSOFT, Graph, add_node
 
 _END = np.iinfo(np.int64).max
 """Where the exporter ends a slice that has no end."""

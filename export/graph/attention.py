@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from export.graph import Graph, add_node, attributes
+from export.graph.nodes import Graph, add_node, attributes
 
 _LEAST_EXPONENT = -80.0
 """Floor under what goes into Exp, where every masked score lies. With AMX, ONNX Runtime's Exp is 15

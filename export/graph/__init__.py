@@ -1,0 +1,1 @@
+"""ONNX graphs: tracing a model, and rewriting what was traced."""
