@@ -35,7 +35,7 @@ from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.onnx_scorer import session_options
 from ercbatch.terminal.stopping import errors
 from export.graph.nodes import MICROSOFT
-from export.int4 import BLOCK
+from export.quantize.int4 import BLOCK
 
 _FORMS = ("fp32", "int8", "int4")
 _GATED = {"llama": True, "mistral": True, "qwen2": True, "qwen3": True, "bert": False}

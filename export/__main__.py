@@ -8,7 +8,7 @@ import click
 
 from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.terminal.stopping import errors, stoppable
-from export.targets import SAFE_TARGET, WEIGHT_RANGE
+from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

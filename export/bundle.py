@@ -41,7 +41,7 @@ from export.proof import (
     losses,
     temperatures,
 )
-from export.targets import SAFE_TARGET
+from export.quantize.targets import SAFE_TARGET
 from train.recipe import Source
 from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
 

@@ -18,8 +18,8 @@ from ercbatch.prompts.tokens import load_tokenizer
 from ercbatch.scoring.packed_model import check_config
 from export.graph.nodes import Graph
 from export.graph.trace import trace
-from export.quantize import quantize_lookups, quantize_products
-from export.statistics import module_inputs
+from export.quantize.int8 import quantize_lookups, quantize_products
+from export.quantize.statistics import module_inputs
 
 _SAMPLES = (
     "I can't believe you did that!",
@@ -33,7 +33,7 @@ _SAMPLES = (
     "no no no, not again... why does it always happen to me?!",
     "She moved to Lisbon in 2019 with two suitcases, a cat and € 300.",
 )
-"""Sentences that tell which channels of the encoder stay in float32 (see export/quantize.py)."""
+"""Sentences that tell which channels of the encoder stay in float32 (see export/quantize/int8.py)."""
 
 
 class PooledEncoder(nn.Module):

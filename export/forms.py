@@ -16,12 +16,12 @@ from ercbatch.scoring.packed_model import PackedModel, collate, save_tokenizer
 from export.graph.attention import sum_softmax_in_double
 from export.graph.fusions import fuse_rotations
 from export.graph.nodes import data_file
-from export.int4 import quantize_products_to_4_bits
 from export.model import trace_scorer
-from export.quantize import probe, quantize_lookups, quantize_products
+from export.quantize.int4 import quantize_products_to_4_bits
+from export.quantize.int8 import probe, quantize_lookups, quantize_products
+from export.quantize.statistics import module_inputs
+from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 from export.standard import export_standard, import_optimum
-from export.statistics import module_inputs
-from export.targets import SAFE_TARGET, WEIGHT_RANGE
 from train.run import TrainedRun
 
 _LARGE = 2_000_000_000

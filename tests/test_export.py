@@ -37,7 +37,7 @@ from ercbatch.errors import BundleError
 from ercbatch.scoring.onnx_scorer import check_full_range
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 from export.__main__ import main
-from export.quantize import probe
+from export.quantize.int8 import probe
 from train.run import load_run
 
 VALID = EXAMPLES / "labelled_chat_valid.jsonl"

@@ -7,8 +7,8 @@ import pytest
 from test_quantize import Array, constants, error, product, run
 
 from export.graph.nodes import Graph
-from export.int4 import BLOCK, quantize_products_to_4_bits
-from export.statistics import Statistics
+from export.quantize.int4 import BLOCK, quantize_products_to_4_bits
+from export.quantize.statistics import Statistics
 
 
 def quantized(weight: Array, rows: Array | None = None) -> Graph:

@@ -12,8 +12,8 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graph.nodes import Graph
-from export.quantize import quantize_lookups, quantize_products
-from export.statistics import Statistics
+from export.quantize.int8 import quantize_lookups, quantize_products
+from export.quantize.statistics import Statistics
 
 Array = npt.NDArray[np.float32]
 K, N = 96, 40

@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ercbatch.bundle import manifest as bundle
-from export.rounding import Array
+from export.quantize.rounding import Array
 
 MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operators."""

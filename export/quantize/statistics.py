@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.rounding import Array
+from export.quantize.rounding import Array
 
 ROWS_PER_CHANNEL = 2
 """Sample rows for each input channel, at least, for the samples to guide the rounding of weights.

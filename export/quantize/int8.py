@@ -13,7 +13,7 @@ Processors with VNNI, and those of ARM, add in 32 bits: there weights use the fu
 Transformers have a few input channels of far greater magnitude than the rest: they coarsen the
 scale of every row. Sample inputs show which; those columns can stay in float32 (LLM.int8(),
 arXiv 2208.07339, decides by the magnitudes of the batch at hand: here the choice is fixed).
-Where the samples are many enough, they also guide how the weights are rounded (export/rounding.py).
+Where the samples are many enough, they also guide how the weights are rounded (export/quantize/rounding.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ercbatch.scoring.onnx_scorer import PROBE_SHAPE
 from export.graph.nodes import MICROSOFT, Graph, Product, add_node, attributes
-from export.rounding import Array, quantize_rows, round_alone, round_together, row_scales
-from export.statistics import Sampler, Statistics
-from export.targets import SAFE_TARGET, WEIGHT_RANGE
+from export.quantize.rounding import Array, quantize_rows, round_alone, round_together, row_scales
+from export.quantize.statistics import Sampler, Statistics
+from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 
 SMALLEST_TABLE = 1 << 16
 """Lookup tables of fewer elements stay as they are: there is little to save."""

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 from export.graph.nodes import MICROSOFT, Graph, Product, add_node
-from export.quantize import sampled
-from export.rounding import Array, block_scales, round_alone, round_together
-from export.statistics import Sampler, Statistics
+from export.quantize.int8 import sampled
+from export.quantize.rounding import Array, block_scales, round_alone, round_together
+from export.quantize.statistics import Sampler, Statistics
 
 BLOCK = 32
 """Weights of an output channel that share a scale."""
