@@ -20,7 +20,13 @@ import numpy.typing as npt
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
 from ercbatch.terminal.stopping import errors
-from export.proof import Scaling, calibration_error, fit_label_shift, fit_temperature, scaled
+from export.proof.calibration import (
+    Scaling,
+    calibration_error,
+    fit_label_shift,
+    fit_temperature,
+    scaled,
+)
 from train.datasets import read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict

@@ -145,7 +145,7 @@ def bundle(
     With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
-    from export.proof import Limits
+    from export.proof.calibration import Limits
 
     if (encoder is None) != (examples is None):
         raise click.UsageError("--encoder and --examples go together: give both, or neither")

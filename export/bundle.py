@@ -28,11 +28,9 @@ from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.runtimes import open_model
 from ercbatch.scoring.torch_scorer import TorchScorer
-from export.card import write_card
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
-from export.measure import Measured, Questions, Say, measure, with_demonstrations
 from export.model import fitting_dtype, traced_attention
-from export.proof import (
+from export.proof.calibration import (
     UNMEASURED,
     Limits,
     calibrate_sets,
@@ -41,6 +39,8 @@ from export.proof import (
     losses,
     temperatures,
 )
+from export.proof.card import write_card
+from export.proof.measure import Measured, Questions, Say, measure, with_demonstrations
 from export.quantize.targets import SAFE_TARGET
 from train.recipe import Source
 from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run

@@ -15,9 +15,7 @@ from ercbatch.bundle.manifest import Bundle, BundleInfo, write_bundle
 from ercbatch.engine import Engine
 from ercbatch.labeler import Labeler, open_retriever
 from ercbatch.scoring.onnx_scorer import available_threads
-from export.card import write_card
-from export.measure import measured_names, with_demonstrations
-from export.proof import (
+from export.proof.calibration import (
     UNCOMPARED,
     UNMEASURED,
     Calibrated,
@@ -29,6 +27,8 @@ from export.proof import (
     scaled,
     temperatures,
 )
+from export.proof.card import write_card
+from export.proof.measure import measured_names, with_demonstrations
 from train.datasets import Dataset, read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict

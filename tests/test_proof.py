@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ercbatch.scoring.scorer import calibrated
-from export.proof import (
+from export.proof.calibration import (
     Limits,
     Scaling,
     calibrate,

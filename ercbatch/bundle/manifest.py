@@ -223,7 +223,7 @@ _NUMBERS = (
 
 
 def _calibration(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What `export.proof.calibrate` gives of a label set."""
+    """What `export.proof.calibration.calibrate` gives of a label set."""
     names = ("utterances", "temperature", "error_before", "error_after", "error_if_perfect")
     found: dict[str, Any] = {name: number(value[name]) for name in names}
     found["coverage"] = [

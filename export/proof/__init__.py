@@ -1,0 +1,1 @@
+"""Proof: the metrics of a bundle beside its original, its calibration, its card."""
