@@ -33,7 +33,7 @@ _SAMPLES = (
     "no no no, not again... why does it always happen to me?!",
     "She moved to Lisbon in 2019 with two suitcases, a cat and € 300.",
 )
-"""Sentences that tell which channels of the encoder stay in float32 (see export/quantize/int8.py)."""
+"""Sentences that tell which channels of the encoder stay in float32 (export/quantize/int8.py)."""
 
 
 class PooledEncoder(nn.Module):

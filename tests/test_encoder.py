@@ -242,7 +242,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_encoding_needs_no_torch(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ercbatch.retrieval.bank import Demonstration, build_bank;"
+        "import sys; from pathlib import Path;"
+        "from ercbatch.retrieval.bank import Demonstration, build_bank;"
         "from ercbatch.retrieval.encoder import SentenceEncoder; f = Path(sys.argv[1]);"
         "e = SentenceEncoder(f / 'encoder.onnx', f / 'encoder_tokenizer.json');"
         "b = build_bank([Demonstration('yes', 'joy')], e); print(b.nearest(e.encode(['no']), 1));"

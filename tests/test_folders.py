@@ -99,7 +99,8 @@ def test_what_a_killed_process_left_is_swept_and_what_a_live_one_writes_is_not(
     tmp_path: Path,
 ) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom ercbatch.bundle.folders import whole_folder\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from ercbatch.bundle.folders import whole_folder\n"
         "with whole_folder(Path(sys.argv[1]), 'bundle.json'):\n"
         "    print('writing', flush=True)\n    time.sleep(600)"
     )

@@ -1,8 +1,8 @@
 """What a prompt says: the templates, by name and version, and the cleaning of what they quote.
 
 A template yields *pieces*: its own text (`Text`), what somebody said (`Content`), and control
-marks (`Control`). `ercbatch.prompts.tree` turns pieces into tokens and arranges them; it knows no wording.
-The templates follow InstructERC (arXiv 2309.11911, section 3 and figure 2).
+marks (`Control`). `ercbatch.prompts.tree` turns pieces into tokens and arranges them; it knows no
+wording. The templates follow InstructERC (arXiv 2309.11911, section 3 and figure 2).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def clean(text: str) -> str:
 
 TEMPLATE_VERSION = 2
 """The newest version of the templates. Version 1 quotes texts as they are typed and keeps only the
-beginning of one that is too long. Version 2 writes emoji and the like as words (`ercbatch.prompts.typed`)
-and keeps the beginning and the end."""
+beginning of one that is too long. Version 2 writes emoji and the like as words
+(`ercbatch.prompts.typed`) and keeps the beginning and the end."""
 
 
 class Template(ABC):

@@ -2,7 +2,8 @@
 
 Models are trained on prose. Their vocabularies have no emoji, or one token for all of them, and
 what a chat or a mail adds to the words (links, mentions, quoted mail) only takes room in a prompt.
-Each kind has one rule here. `ercbatch.prompts.templates` applies them from version 2 of the templates on.
+Each kind has one rule here. `ercbatch.prompts.templates` applies them from version 2 of the
+templates on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which queries of a pack are held against which keys.
 
-A graph's attention has a fixed number of tiles (`export/graph/tiles.py`): rows that follow each other,
-and the keys that any of them sees. Cutting at the right places leaves out most of what the mask
-would hide.
+A graph's attention has a fixed number of tiles (`export/graph/tiles.py`): rows that follow each
+other, and the keys that any of them sees. Cutting at the right places leaves out most of what the
+mask would hide.
 """
 
 from __future__ import annotations

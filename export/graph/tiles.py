@@ -2,10 +2,10 @@
 
 In a pack most tokens don't see most others. Its rows are cut into a fixed number of tiles, of any
 size, and each tile has the list of the keys that any of its rows sees; which these are is decided
-for each pack where its tree is known (`ercbatch/scoring/tiles.py`), and is an input of the graph. What a
-row sees stands in the same order as before, and the mask still hides what only other rows of its
-tile see: nothing changes but what is not computed. (FlexAttention's block masks and Hydragen, arXiv
-2402.05099, leave the same out.)
+for each pack where its tree is known (`ercbatch/scoring/tiles.py`), and is an input of the graph.
+What a row sees stands in the same order as before, and the mask still hides what only other rows of
+its tile see: nothing changes but what is not computed. (FlexAttention's block masks and Hydragen,
+arXiv 2402.05099, leave the same out.)
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A temperature, and an offset for each label or none, for `ercbatch.scoring.scorer.calibrated`."""
+    """A temperature, and an offset for each label or none: see `ercbatch.scoring.scorer`."""
 
     temperature: float = 1.0
     offsets: tuple[float, ...] = ()

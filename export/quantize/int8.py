@@ -13,7 +13,8 @@ Processors with VNNI, and those of ARM, add in 32 bits: there weights use the fu
 Transformers have a few input channels of far greater magnitude than the rest: they coarsen the
 scale of every row. Sample inputs show which; those columns can stay in float32 (LLM.int8(),
 arXiv 2208.07339, decides by the magnitudes of the batch at hand: here the choice is fixed).
-Where the samples are many enough, they also guide how the weights are rounded (export/quantize/rounding.py).
+Where the samples are many enough, they also guide how the weights are rounded
+(export/quantize/rounding.py).
 """
 
 from __future__ import annotations
