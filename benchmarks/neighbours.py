@@ -66,7 +66,7 @@ class Company:
         ]
 
     def _rows(self, engine: Engine, order: Sequence[int]) -> list[Rows]:
-        return [rows for _, _, rows in engine.run((n, self._dialogues[n]) for n in order)]
+        return [entry.rows for entry in engine.run((n, self._dialogues[n]) for n in order)]
 
     def compare(self, found: Found, order: Sequence[int], pack_tokens: int, labeler: int) -> None:
         """Label dialogues in this order and packs of such a size, with one of the labelers."""

@@ -32,9 +32,9 @@ Answers = dict[tuple[int, int], npt.NDArray[np.float64]]
 def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
     """(probabilities, tokens computed) of the engine as it labels."""
     found = {
-        (number, t): row
-        for number, _, rows in labeler.engine.run(enumerate(dialogues))
-        for t, row in rows.items()
+        (entry.origin, t): row
+        for entry in labeler.engine.run(enumerate(dialogues))
+        for t, row in entry.rows.items()
     }
     return found, sum(map(len, packs(labeler.engine, dialogues)))
 

@@ -14,7 +14,7 @@ from ercbatch.errors import (
     MissingExtraError,
     UsageError,
 )
-from ercbatch.terminal.stopping import errors, resumable, stoppable
+from ercbatch.terminal.stopping import errors, stoppable
 from ercbatch.terminal.streams import printable, steady_streams
 
 FINISHED_WITH_REJECTS = 3
@@ -163,9 +163,11 @@ def label(
         from ercbatch.inputs.files import expand_inputs
         from ercbatch.inputs.records import Limits
         from ercbatch.labeler import Labeler
+        from ercbatch.runs.dry_run import dry_run_label
         from ercbatch.runs.output import Files
         from ercbatch.runs.preflight import RunOptions
-        from ercbatch.runs.run import dry_run_label, run_label
+        from ercbatch.runs.resume import resumable
+        from ercbatch.runs.run import run_label
 
         def load() -> Labeler:
             labeler = Labeler(
@@ -210,15 +212,16 @@ def label(
             return
         with resumable(options.output, options.inputs):
             summary = run_label(load, options, stop)
+        counts = summary.counts
         if not quiet:
-            speed = summary.utterances / max(summary.seconds, 1e-9)
+            speed = counts.utterances / max(summary.seconds, 1e-9)
             click.echo(
-                f"ercbatch: {summary.labelled:,} dialogues, {summary.utterances:,} utterances in "
-                f"{summary.seconds:.1f} s ({speed:,.0f}/s); {summary.rejected:,} lines rejected, "
-                f"{summary.blank:,} blank",
+                f"ercbatch: {counts.labelled:,} dialogues, {counts.utterances:,} utterances in "
+                f"{summary.seconds:.1f} s ({speed:,.0f}/s); {counts.rejected:,} lines rejected, "
+                f"{counts.blank:,} blank",
                 err=True,
             )
-        if summary.rejected:
+        if counts.rejected:
             sys.exit(FINISHED_WITH_REJECTS)
 
 

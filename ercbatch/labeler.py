@@ -15,13 +15,12 @@ import numpy.typing as npt
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
-from ercbatch.engine import Engine, Restart, Retriever
+from ercbatch.engine import Engine, Entry
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
-from ercbatch.retrieval.bank import DemonstrationBank
-from ercbatch.retrieval.encoder import SentenceEncoder
+from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK, available_threads
 from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
 
@@ -149,25 +148,25 @@ class Labeler:
             RecordError: a record is not a dialogue.
         """
         stream = ((None, dialogue_from(dialogue)) for dialogue in dialogues)
-        for _, labeled, _ in self.label_items(stream):
+        for _, labeled in self.label_items(stream):
             assert labeled is not None  # every item of this stream is a dialogue
             yield labeled
 
     def label_items(
-        self, items: Iterable[tuple[T, Dialogue | None]], replayed: int = 0, trees: int = 0
-    ) -> Iterator[tuple[T, LabeledDialogue | None, Restart[T]]]:
-        """Label (origin, dialogue) pairs; a pair without a dialogue passes through in place.
+        self, items: Iterable[tuple[T, Dialogue | None]], written: int = 0
+    ) -> Iterator[tuple[Entry[T], LabeledDialogue | None]]:
+        """Label (origin, dialogue) pairs; a pair without a dialogue passes through in its place.
 
-        With each comes the place from which a run could go on after it. One that does reads from
-        there and is given its numbers: see `Restart`.
+        The entry of each says in which chunk it is. To resume, pass the items from the start of a
+        chunk; the first `written` of them are not yielded again.
         """
-        for found in self.engine.answered(items, replayed, trees):
+        for entry in self.engine.run(items, written):
             labeled = None
-            if found.dialogue is not None:
-                count = len(found.dialogue.utterances)
-                answers = tuple(self._answer(found.rows.get(t)) for t in range(count))
-                labeled = LabeledDialogue(found.dialogue, answers)
-            yield found.origin, labeled, found.restart
+            if entry.dialogue is not None:
+                count = len(entry.dialogue.utterances)
+                answers = tuple(self._answer(entry.rows.get(t)) for t in range(count))
+                labeled = LabeledDialogue(entry.dialogue, answers)
+            yield entry, labeled
 
     def _answer(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
         if probabilities is None:
@@ -195,27 +194,3 @@ def labels_a_word(bundle: Bundle) -> None:
     """
     labeler = Labeler(bundle, demonstrations=int(files.ENCODER in bundle.info.files))
     next(labeler.label([{"utterances": [{"text": "Yes."}]}]))
-
-
-def open_retriever(bundle: Bundle, threads: int) -> Retriever:
-    """The retriever of a bundle.
-
-    Raises:
-        BundleError: the bundle has none.
-    """
-    if files.ENCODER not in bundle.info.files:
-        raise BundleError(
-            f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
-            "with --encoder and --examples"
-        )
-    with odd_files(bundle.folder):
-        encoder = SentenceEncoder(
-            bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
-        )
-        digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
-        bank = DemonstrationBank.load(bundle.folder, digests)
-        if bank.vectors.shape[1] != encoder.dim:
-            raise BundleError(
-                f"{bundle.folder}: its demonstrations are not of its encoder: build the bank again"
-            )
-        return Retriever(encoder, bank)

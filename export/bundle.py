@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.bundle.manifest import BundleInfo, encoder_files, odd_files, write_bundle
-from ercbatch.engine import Retriever
 from ercbatch.errors import LossError, UsageError
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.templates import template
 from ercbatch.retrieval.bank import build_bank, read_examples
 from ercbatch.retrieval.encoder import SentenceEncoder
+from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.runtimes import open_model

@@ -13,7 +13,8 @@ from ercbatch.bundle import manifest as files
 from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import Bundle, BundleInfo, write_bundle
 from ercbatch.engine import Engine
-from ercbatch.labeler import Labeler, open_retriever
+from ercbatch.labeler import Labeler
+from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 from export.proof.calibration import (
     UNCOMPARED,

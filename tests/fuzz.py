@@ -29,11 +29,11 @@ from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
-from ercbatch.inputs.records import Counts, Limits, Reject, dump_record, read_records
+from ercbatch.inputs.records import Limits, Reader, dump_record
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
-from ercbatch.runs.journal import BEGINNING, Commit, Journal
+from ercbatch.runs.journal import Commit, Journal, Prefix, ResumePoint
 from ercbatch.runs.output import Files
 from ercbatch.runs.preflight import RunOptions
 from ercbatch.runs.run import run_label
@@ -130,17 +130,19 @@ def records(seconds: float, draw: random.Random) -> int:
         if draw.random() < 0.3:
             packed = altered(packed, draw)
         path.write_bytes(packed)
-        counts = Counts()
         rejected = accepted = 0
         ended = False
-        for item in read_records(str(path), counts, limits):
-            if isinstance(item, Reject):
-                rejected += 1
-                ended = item.ends_file
-                dump_record(item.to_record())
-            else:
+        reader = Reader([str(path)], limits)
+        for record in reader:
+            if record.dialogue is not None:
                 accepted += 1
-                dump_record(item.dialogue.record)
+                dump_record(record.dialogue.record)
+            else:
+                assert record.reject is not None
+                rejected += 1
+                ended = record.reject.ends_file
+                dump_record(record.reject)
+        counts = reader.position
         assert counts.lines == rejected + accepted + counts.blank
         if packed == whole and not ended:
             assert counts.lines == data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
@@ -168,8 +170,8 @@ def altered(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-_IDENTITY = {"journal": 2, "inputs": [{"file": "in.jsonl", "bytes": 9, "sha256": "ab"}]}
-_COMMIT = Commit(BEGINNING, 0, 0, 70, 0, "ab", "cd", 1, 0, 5, 0.5)
+_IDENTITY = {"journal": 4, "inputs": [{"file": "in.jsonl", "bytes": 9, "sha256": "ab"}]}
+_COMMIT = Commit(ResumePoint(seconds=0.5), Prefix(70, "ab"), Prefix(0, "cd"))
 
 
 def journal(seconds: float, draw: random.Random) -> int:

@@ -108,7 +108,7 @@ def altered(folder: Path, out: Path, alter: Callable[[Path], None]) -> Path:
 def probabilities(engine: Engine, dialogues: Iterable[Dialogue]) -> np.ndarray:
     """[utterances, labels] of all dialogues, in order."""
     run = engine.run((None, dialogue) for dialogue in dialogues)
-    return np.array([rows[t] for _, _, rows in run for t in sorted(rows)])
+    return np.array([entry.rows[t] for entry in run for t in sorted(entry.rows)])
 
 
 def chats() -> list[Dialogue]:

@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ercbatch.errors import UsageError
-from ercbatch.runs.journal import Commit, Journal, Place
+from ercbatch.inputs.records import Position
+from ercbatch.runs.journal import Commit, Counts, Journal, Prefix, ResumePoint
 
-COMMIT = Commit(Place(0, 1, 9, 1, 0), 1, 3, 70, 9, "ab", "cd", 1, 1, 5, 0.5)
+COMMIT = Commit(
+    ResumePoint(Position(0, 1, 9, 1, 0), 1, Counts(3, 1, 1, 1, 5), 0.5),
+    Prefix(70, "ab"),
+    Prefix(9, "cd"),
+)
 
 
 @given(

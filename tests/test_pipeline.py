@@ -1,4 +1,4 @@
-"""Streaming through threads: order, errors and numbers are as they are with one."""
+"""The engine: threads and resuming change neither order, errors nor numbers."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def test_what_fills_no_pack_does_not_wait_for_the_end(
     for rest, most in ((None, 5000), (Dialogue((Utterance(""),), size=3 << 20), 40)):
         taken.clear()
         results = labeler.label_items(items(rest))
-        assert next(results)[0] == 0
+        assert next(results)[0].origin == 0
         results.close()
         assert len(taken) < most
 
 
 @pytest.mark.parametrize("demonstrations", [0, 1])
-def test_a_run_goes_on_from_any_item_with_the_same_numbers(
+def test_resuming_after_any_item_changes_no_number(
     bundle_folder: Path, demonstrations: int
 ) -> None:
     labeler = Labeler(str(bundle_folder), demonstrations=demonstrations, scores=True)
@@ -116,11 +116,11 @@ def test_a_run_goes_on_from_any_item_with_the_same_numbers(
 
     given = [(number, item(number)) for number in range(1400)]
     whole = list(labeler.label_items(given))
-    assert [origin for origin, _, _ in whole] == list(range(1400))
-    for done in (0, 150, 199, 400, 690, 850, 1399):
-        restart = whole[done][2]
-        rest = labeler.label_items(given[restart.origin :], restart.items, restart.trees)
-        assert [(o, d) for o, d, _ in rest] == [(o, d) for o, d, _ in whole[done + 1 :]]
+    assert [entry.origin for entry, _ in whole] == list(range(1400))
+    for done in (0, 150, 199, 255, 256, 400, 690, 850, 1399):
+        last = whole[done][0]
+        rest = labeler.label_items(given[last.chunk :], last.index + 1)
+        assert [(e.origin, d) for e, d in rest] == [(e.origin, d) for e, d in whole[done + 1 :]]
 
 
 def test_the_number_of_threads_changes_no_number() -> None:
@@ -129,7 +129,7 @@ def test_the_number_of_threads_changes_no_number() -> None:
     for threads in (1, 2, 5):
         labeler = Labeler("mini", threads=threads, demonstrations=0)
         assert labeler.engine.scorer.at_once == threads
-        rows = [r for _, _, r in labeler.engine.run((None, d) for d in dialogues)]
+        rows = [entry.rows for entry in labeler.engine.run((None, d) for d in dialogues)]
         found.append(np.array([p for some in rows for p in some.values()]))
     assert len(found[0]) == sum(len(d.utterances) for d in dialogues)
     assert np.array_equal(found[0], found[1])

@@ -19,28 +19,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_loop import damaged
 
+from ercbatch.dialogues import Dialogue
 from ercbatch.errors import InputError, UsageError
 from ercbatch.inputs.files import expand_inputs
 from ercbatch.inputs.records import (
+    BEGINNING,
     DEFAULT_LIMITS,
-    Accepted,
-    Counts,
+    Position,
+    Reader,
+    Record,
     Reject,
     dump_record,
     read_dialogues,
-    read_records,
 )
 
 GOOD = b'{"utterances":[{"text":"Hello."}]}'
 
 
-def read(path: Path) -> tuple[list[Accepted | Reject], Counts]:
-    counts = Counts()
-    items = list(read_records(str(path), counts))
-    assert counts.lines == counts.accepted + counts.rejected + counts.blank
-    assert counts.accepted == sum(isinstance(item, Accepted) for item in items)
-    assert counts.rejected == sum(isinstance(item, Reject) for item in items)
-    return items, counts
+def read(path: Path) -> tuple[list[Record], Position]:
+    """All records of a file, and the position at its end."""
+    reader = Reader([str(path)])
+    records = list(reader)
+    assert reader.position.lines == len(records) + reader.position.blank
+    assert all((r.dialogue is None) == (r.reject is not None) for r in records)
+    return records, reader.position
+
+
+def dialogue_of(record: Record) -> Dialogue:
+    assert record.dialogue is not None
+    return record.dialogue
+
+
+def reject_of(record: Record) -> Reject:
+    assert record.reject is not None
+    return record.reject
 
 
 def write(folder: Path, data: bytes, name: str = "in.jsonl") -> Path:
@@ -88,17 +100,13 @@ def test_a_bad_line_is_a_reject_and_the_next_one_is_read(
     tmp_path: Path, line: bytes, code: str
 ) -> None:
     path = write(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
-    items, counts = read(path)
-    assert [type(item) for item in items] == [Accepted, Reject, Accepted]
-    reject = items[1]
-    assert isinstance(reject, Reject)
-    record = reject.to_record()
+    (before, bad, after), _ = read(path)
+    assert before.dialogue == after.dialogue
+    record = orjson.loads(dump_record(reject_of(bad)))
     assert record["code"] == code
     assert record["reason"]
     assert (record["file"], record["line"], record["byte"]) == (str(path), 2, len(GOOD) + 1)
     assert record["raw"] == line.decode("utf-8", "replace")[:200]
-    assert orjson.loads(dump_record(record)) == record
-    assert counts.lines == 3
 
 
 LEGAL = {
@@ -122,18 +130,17 @@ LEGAL = {
 @pytest.mark.parametrize(("data", "text"), LEGAL.values(), ids=LEGAL.keys())
 def test_odd_but_legal_lines_are_read(tmp_path: Path, data: bytes, text: str) -> None:
     (item,), _ = read(write(tmp_path, data))
-    assert isinstance(item, Accepted)
-    assert item.dialogue.utterances[0].text == text
+    assert dialogue_of(item).utterances[0].text == text
 
 
 def test_blank_lines_are_counted(tmp_path: Path) -> None:
-    items, counts = read(write(tmp_path, b"\n" + GOOD + b"\n \t\r\n\n"))
-    assert [item.at.line for item in items] == [2]
-    assert counts == Counts(lines=4, accepted=1, rejected=0, blank=3)
+    (record,), end = read(write(tmp_path, b"\n" + GOOD + b"\n \t\r\n\n"))
+    assert (record.start.line, record.end.line) == (1, 2)
+    assert (end.lines, end.blank) == (4, 3)
 
 
 def test_empty_file(tmp_path: Path) -> None:
-    assert read(write(tmp_path, b"")) == ([], Counts())
+    assert read(write(tmp_path, b"")) == ([], BEGINNING)
 
 
 def test_other_fields_are_written_as_they_were_read(tmp_path: Path) -> None:
@@ -142,16 +149,15 @@ def test_other_fields_are_written_as_they_were_read(tmp_path: Path) -> None:
         b'"s":"123456789012345678901234567890","utterances":[{"t":[1.5,null,{}],"text":"\xc3\xa9"}]}\n'
     )
     (item,), _ = read(write(tmp_path, line))
-    assert isinstance(item, Accepted)
-    assert dump_record(item.dialogue.record) == line
+    assert dump_record(dialogue_of(item).record) == line
 
 
 def test_whatever_nesting_is_accepted_can_be_written(tmp_path: Path) -> None:
     lines = [with_field(b"[" * depth + b"]" * depth) for depth in range(240, 260)]
-    items, counts = read(write(tmp_path, b"\n".join(lines)))
-    written = [dump_record(i.dialogue.record) for i in items if isinstance(i, Accepted)]
-    assert counts.rejected > 0
-    assert written == [line + b"\n" for line in lines[: counts.accepted]]
+    records, _ = read(write(tmp_path, b"\n".join(lines)))
+    written = [dump_record(r.dialogue.record) for r in records if r.dialogue is not None]
+    assert 0 < len(written) < len(records)
+    assert written == [line + b"\n" for line in lines[: len(written)]]
 
 
 def test_a_line_over_the_limit_is_skipped_without_being_held(tmp_path: Path) -> None:
@@ -162,29 +168,25 @@ def test_a_line_over_the_limit_is_skipped_without_being_held(tmp_path: Path) -> 
     (long, good), _ = read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(long, Reject)
-    assert (long.code, len(long.raw)) == ("too_long", 200)
-    assert isinstance(good, Accepted)
-    assert (good.at.line, good.at.byte) == (2, path.stat().st_size - len(GOOD) - 1)
+    assert (reject_of(long).code, len(reject_of(long).raw)) == ("too_long", 200)
+    assert good.dialogue is not None
+    assert (good.start.line, good.start.byte) == (1, path.stat().st_size - len(GOOD) - 1)
     assert peak < 3 * DEFAULT_LIMITS.line_bytes + (16 << 20)  # what 512 bytes decompress to
     path.unlink()  # pytest keeps its folders for three runs
 
 
 def test_a_first_line_of_a_byte_order_mark_alone_is_blank(tmp_path: Path) -> None:
-    items, counts = read(write(tmp_path, b"\xef\xbb\xbf\n" + GOOD))
-    assert (len(items), counts.blank) == (1, 1)
+    items, end = read(write(tmp_path, b"\xef\xbb\xbf\n" + GOOD))
+    assert (len(items), end.blank) == (1, 1)
 
 
 def test_a_damaged_file_breaks_at_the_same_line_from_wherever_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, damaged(lines(4000)))
     items, _ = read(path)
-    assert isinstance(items[-1], Reject)
-    assert items[-1].code == "broken"
+    assert reject_of(items[-1]).code == "broken"
     assert 1000 < len(items) < 2001
     for start in (1, 200, 700, len(items) - 1):
-        at = items[start].at
-        again = list(read_records(str(path), Counts(), start=(at.line - 1, at.byte)))
-        assert again == items[start:]
+        assert list(Reader([str(path)], start=items[start].start)) == items[start:]
 
 
 def test_zeros_after_a_gzip_member_are_nothing(tmp_path: Path) -> None:
@@ -195,11 +197,11 @@ def test_zeros_after_a_gzip_member_are_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_a_file_in_utf_16_is_one_reject(tmp_path: Path, encoding: str) -> None:
     path = write(tmp_path, (GOOD.decode() + "\n").encode(encoding) * 3)
-    (reject,), counts = read(path)
-    assert isinstance(reject, Reject)
-    assert (reject.code, reject.at.line, reject.at.byte) == ("utf_16", 1, 0)
+    (record,), end = read(path)
+    reject = reject_of(record)
+    assert (reject.code, reject.line, reject.byte) == ("utf_16", 1, 0)
     assert "convert it" in reject.reason
-    assert counts == Counts(lines=1, rejected=1)
+    assert end.lines == 1
 
 
 def lines(count: int) -> bytes:
@@ -215,9 +217,9 @@ def test_compressed_files_are_known_by_their_first_bytes(tmp_path: Path, pack: o
     data = lines(3000)
     # Two members one after another, as `cat a.gz b.gz` makes them, under a name that says nothing.
     path = write(tmp_path, pack(data) + pack(data), "in.jsonl")
-    items, counts = read(path)
-    assert counts.accepted == 6000
-    assert items[-1].at.byte == 2 * len(data) - (len(data) // 3000)
+    items, _ = read(path)
+    assert sum(item.dialogue is not None for item in items) == 6000
+    assert items[-1].start.byte == 2 * len(data) - (len(data) // 3000)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
@@ -229,14 +231,14 @@ def test_the_lines_before_the_cut_of_a_compressed_file_are_read(
     assert callable(pack)
     data: bytes = pack(lines(3000))
     path = write(tmp_path, data[: max(5, int(share * len(data)))])
-    items, counts = read(path)
-    *good, broken = items
-    assert all(isinstance(item, Accepted) for item in good)
-    assert isinstance(broken, Reject)
+    records, end = read(path)
+    *good, last = records
+    broken = reject_of(last)
+    assert all(record.dialogue is not None for record in good)
     assert broken.code == "broken"
     assert "fetch or compress it again" in broken.reason
-    assert broken.at.line == counts.lines == len(good) + 1
-    assert broken.at.byte == broken.at.end == (good[-1].at.end if good else 0)
+    assert broken.line == end.lines == len(good) + 1
+    assert broken.byte == last.end.byte == (good[-1].end.byte if good else 0)
     assert len(good) >= 2900 * (share - 0.2)  # what is lost is at most the last block
 
 
@@ -250,17 +252,16 @@ def test_a_zstandard_bomb_stays_small(tmp_path: Path) -> None:
     (item,), _ = read(tmp_path / "in.jsonl")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(item, Reject)
-    assert item.code == "too_long"
+    assert reject_of(item).code == "too_long"
     assert peak < 3 * DEFAULT_LIMITS.line_bytes + (16 << 20)  # what 512 bytes decompress to
 
 
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     data = gzip.compress(GOOD + b"\n[]\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    good, bad = list(read_records("-", Counts()))
-    assert isinstance(good, Accepted)
-    assert (bad.at.file, bad.at.line) == ("<stdin>", 2)
+    good, bad = Reader(["-"])
+    assert good.dialogue is not None
+    assert (reject_of(bad).file, reject_of(bad).line) == ("<stdin>", 2)
 
 
 def test_a_file_name_need_not_be_utf_8(tmp_path: Path) -> None:
@@ -269,9 +270,8 @@ def test_a_file_name_need_not_be_utf_8(tmp_path: Path) -> None:
         Path(path).write_bytes(b"[]\n")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    (item,) = read_records(path, Counts())
-    assert isinstance(item, Reject)
-    assert b"caf\xef\xbf\xbd.jsonl" in dump_record(item.to_record())
+    (record,) = Reader([path])
+    assert b"caf\xef\xbf\xbd.jsonl" in dump_record(reject_of(record))
 
 
 def test_expands_folders_globs_and_stdin(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="twice"):
         expand_inputs(["-", "-"])
     with pytest.raises(InputError, match="cannot be read"):
-        list(read_records(f"{tmp_path}/none.jsonl", Counts()))
+        list(Reader([f"{tmp_path}/none.jsonl"]))
 
 
 def test_read_dialogues_takes_no_bad_line(tmp_path: Path) -> None:
@@ -323,10 +323,10 @@ def test_any_bytes_are_accounted_for(parts: list[bytes]) -> None:
     # A plain line first, as a file can begin like UTF-16 or compressed data.
     data = b"#\n" + b"\n".join(parts)
     with tempfile.TemporaryDirectory() as folder:
-        items, counts = read(write(Path(folder), data))
-    assert counts.lines == data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
-    for item in items:
-        rest = data[item.at.byte :]
-        assert data[: item.at.byte].count(b"\n") == item.at.line - 1
-        if isinstance(item, Accepted):
-            assert json.loads(rest.split(b"\n")[0]) == item.dialogue.record
+        records, end = read(write(Path(folder), data))
+    assert end.lines == data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+    for record in records:
+        start = record.start
+        assert data[: start.byte].count(b"\n") == start.line
+        if record.dialogue is not None:
+            assert json.loads(data[start.byte :].split(b"\n")[0]) == record.dialogue.record

@@ -17,10 +17,10 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from ercbatch.bundle.manifest import encoder_files
-from ercbatch.engine import Retriever
 from ercbatch.errors import InputError, UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.retrieval.encoder import SentenceEncoder
+from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm, save_tokenizer
 from train.curves import write_curves

@@ -69,9 +69,10 @@ def teach(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run.model.to(device)
         engine = _engine(run, labels, bfloat16=bfloat16)
-        for number, _, rows in engine.run((n, dialogues[n]) for n in asked):
-            for t, row in rows.items():
-                sums[number][t] = sums[number].get(t, 0) + row
+        for entry in engine.run((n, dialogues[n]) for n in asked):
+            sum_ = sums[entry.origin]
+            for t, row in entry.rows.items():
+                sum_[t] = sum_.get(t, 0) + row
     if not teachers.all():
         raise UsageError(
             f"{source}: every run was fitted on its dialogue {int(teachers.argmin()) + 1}: add a "

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.engine import Engine, Retriever
+from ercbatch.engine import Engine
 from ercbatch.evaluate import f1_figures
 from ercbatch.prompts.answers import AnswerTrie
 from ercbatch.prompts.packs import pack
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer, Task, speaker_numbers
+from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from train.datasets import Dataset, Scene, file_names
@@ -75,14 +76,14 @@ def predict(engine: Engine, dataset: Dataset) -> Predictions:
     """What an engine says of every utterance that has a gold label."""
     gold, rows, owners = [], [], []
     dialogues = (scene.dialogue for scene in dataset.scenes)
-    for number, dialogue, answers in engine.run(enumerate(dialogues)):
-        assert dialogue is not None  # every item is a dialogue
-        for t, row in answers.items():
-            label = dialogue.utterances[t].label
+    for entry in engine.run(enumerate(dialogues)):
+        assert entry.dialogue is not None  # every item is a dialogue
+        for t, row in entry.rows.items():
+            label = entry.dialogue.utterances[t].label
             if label is not None:
                 gold.append(dataset.labels.index(label))
                 rows.append(row)
-                owners.append(number)
+                owners.append(entry.origin)
     return Predictions(np.array(gold), np.array(rows), np.array(owners))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -42,123 +42,142 @@ DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Where a line stands: `line` from 1, `byte` its offset in the decompressed file, `end` that of
-    the next line."""
+class Position:
+    """A point between two lines of the inputs.
 
-    file: str
-    line: int
-    byte: int
-    end: int
+    Attributes:
+        source: index of the input.
+        line: lines of that input before the point.
+        byte: its bytes before the point, decompressed.
+        lines: lines of all inputs before the point.
+        blank: how many of these are blank.
+    """
+
+    source: int = 0
+    line: int = 0
+    byte: int = 0
+    lines: int = 0
+    blank: int = 0
+
+    def after(self, size: int, *, blank: bool = False) -> Position:
+        """The end of a line of `size` bytes that begins here."""
+        byte, blanks = self.byte + size, self.blank + blank
+        return Position(self.source, self.line + 1, byte, self.lines + 1, blanks)
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A line that is a dialogue."""
-
-    at: Line
-    dialogue: Dialogue
+BEGINNING = Position()
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A line that is none: `code` for programs, `reason` for people, `raw` its beginning."""
+    """An input line that is not a dialogue.
 
-    at: Line
+    Attributes:
+        line: its number in the file, from 1.
+        byte: its offset in the decompressed file.
+        code: the reason in a word, for programs.
+        reason: the reason in a sentence, for people.
+        raw: the beginning of the line.
+    """
+
+    file: str
+    line: int
+    byte: int
     code: str
     reason: str
     raw: str
 
     @property
     def ends_file(self) -> bool:
-        """Whether it stands for all that follows in its file, too."""
+        """Whether the rest of its file cannot be read either."""
         return self.code in _ENDS_FILE
 
-    def to_record(self) -> dict[str, str | int]:
-        """The reject as it is written."""
-        return {
-            "file": self.at.file,
-            "line": self.at.line,
-            "byte": self.at.byte,
-            "code": self.code,
-            "reason": self.reason,
-            "raw": self.raw,
-        }
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A line of the inputs that is not blank: a dialogue, or else a reject."""
+
+    start: Position
+    end: Position
+    dialogue: Dialogue | None
+    reject: Reject | None = None
 
 
-@dataclass(slots=True)
-class Counts:
-    """Lines seen so far. At the end lines = accepted + rejected + blank."""
-
-    lines: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    blank: int = 0
-
-
-def read_records(
-    name: str, counts: Counts, limits: Limits = DEFAULT_LIMITS, start: tuple[int, int] = (0, 0)
-) -> Iterator[Accepted | Reject]:
-    """Every line of an input that is not blank, in order; `counts` is kept up to date.
+class Reader:
+    """The records of several inputs, in order.
 
     Lines are split at \\n only; \\r\\n and a byte order mark at the start are tolerated. A line
     over the limit is skipped without being held in memory. Numbers with a point or an exponent are
     read as 64-bit floats, integers exactly or not at all; of duplicate keys the last one counts.
-    The first `start` = (lines, bytes) are passed over.
 
     Reject codes: encoding, json, number, too_deep, too_long, text_too_long, too_many_turns, those
     of `parse_dialogue`; and, with all that follows in the file, broken (compressed, and damaged
     there), file_too_large and utf_16.
 
-    Raises:
-        InputError: the file cannot be opened, or read on (UnreadableError).
+    Attributes:
+        position: the end of what has been read so far, blank lines included.
+
+    Raises, while it is iterated:
+        InputError: a file cannot be opened, or read on (UnreadableError).
     """
-    told = "<stdin>" if name == STDIN else shown(name)
-    with open_input(name) as stream:
-        number, byte = start
-        try:
-            pass_over(stream, byte)
-        except (*DAMAGES, OSError) as error:
-            raise UnreadableError(f"{told}: cannot be read on: {error}: see to it") from error
-        while True:
+
+    def __init__(
+        self, names: Sequence[str], limits: Limits = DEFAULT_LIMITS, start: Position = BEGINNING
+    ) -> None:
+        self._names = names
+        self._limits = limits
+        self.position = start
+
+    def __iter__(self) -> Iterator[Record]:
+        for source in range(self.position.source, len(self._names)):
+            if source > self.position.source:
+                self.position = replace(self.position, source=source, line=0, byte=0)
+            yield from self._input(self._names[source])
+
+    def _input(self, name: str) -> Iterator[Record]:
+        file = "<stdin>" if name == STDIN else shown(name)
+        with open_input(name) as stream:
             try:
-                line, size = _read_line(stream, limits, byte)
-            except RecordError as error:
-                counts.lines += 1
-                counts.rejected += 1
-                yield Reject(Line(told, number + 1, byte, byte), error.code, error.reason, "")
-                return
-            except OSError as error:
-                raise UnreadableError(
-                    f"{told}, after line {number}: cannot be read on ({error.strerror}): see to it"
-                ) from error
-            if not size:
-                return
-            number += 1
-            at = Line(told, number, byte, byte + size)
-            byte += size
-            counts.lines += 1
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if size <= limits.line_bytes and not line.strip():
-                counts.blank += 1
-                continue
-            try:
-                if number == 1 and line.startswith(_UTF_16):
-                    raise RecordError("utf_16", "UTF-16 text: convert it (iconv -t UTF-8)")
-                if size > limits.line_bytes:
-                    raise RecordError("too_long", f"the line has over {limits.line_bytes:,} bytes")
-                dialogue = _parse(line, limits)
-            except RecordError as error:
-                counts.rejected += 1
-                raw = line[: 4 * _RAW].decode("utf-8", "replace").rstrip("\r\n")[:_RAW]
-                reject = Reject(at, error.code, error.reason, raw)
-                yield reject
-                if reject.ends_file:
+                pass_over(stream, self.position.byte)
+            except (*DAMAGES, OSError) as error:
+                raise UnreadableError(f"{file}: cannot be read on: {error}: see to it") from error
+            while True:
+                start = self.position
+                line = b""
+                try:
+                    line, size = _read_line(stream, self._limits, start.byte)
+                    if not size:
+                        return
+                    if start.line == 0:
+                        line = line.removeprefix(_BOM)
+                    blank = size <= self._limits.line_bytes and not line.strip()
+                    self.position = start.after(size, blank=blank)
+                    if blank:
+                        continue
+                    record = Record(start, self.position, self._parsed(line, size, start))
+                except RecordError as error:
+                    if self.position == start:  # the line cannot be read
+                        self.position = start.after(0)
+                    raw = line[: 4 * _RAW].decode("utf-8", "replace").rstrip("\r\n")[:_RAW]
+                    place = (file, start.line + 1, start.byte)
+                    reject = Reject(*place, error.code, error.reason, raw)
+                    record = Record(start, self.position, None, reject)
+                except OSError as error:
+                    raise UnreadableError(
+                        f"{file}, after line {start.line}: cannot be read on ({error.strerror}): "
+                        "see to it"
+                    ) from error
+                yield record
+                if record.reject is not None and record.reject.ends_file:
                     return
-            else:
-                counts.accepted += 1
-                yield Accepted(at, dialogue)
+
+    def _parsed(self, line: bytes, size: int, start: Position) -> Dialogue:
+        if start.line == 0 and line.startswith(_UTF_16):
+            raise RecordError("utf_16", "UTF-16 text: convert it (iconv -t UTF-8)")
+        if size > self._limits.line_bytes:
+            reason = f"the line has over {self._limits.line_bytes:,} bytes"
+            raise RecordError("too_long", reason)
+        return _parse(line, self._limits)
 
 
 def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
@@ -167,11 +186,13 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
     Raises:
         InputError: a line is not a dialogue.
     """
-    for item in read_records(str(path), Counts()):
-        if isinstance(item, Reject):
-            mend = "" if item.ends_file else ": mend or remove the line"  # its reason says how
-            raise InputError(f"{path}, line {item.at.line}: {item.reason}{mend}")
-        yield item.at.line, item.dialogue
+    for record in Reader([str(path)]):
+        if record.reject is not None:
+            # The reason of a reject that ends its file says what to do.
+            repair = "" if record.reject.ends_file else ": mend or remove the line"
+            raise InputError(f"{path}, line {record.reject.line}: {record.reject.reason}{repair}")
+        assert record.dialogue is not None
+        yield record.end.line, record.dialogue
 
 
 def dump_record(record: object) -> bytes:

@@ -17,8 +17,8 @@ from ercbatch.bundle.manifest import (
     open_bundle,
     write_bundle,
 )
-from ercbatch.labeler import open_retriever
 from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
+from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 
 

@@ -9,13 +9,10 @@ altered counts for nothing, nor does anything after it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import reprlib
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,84 +21,92 @@ from typing import Any, Self
 import orjson
 
 from ercbatch.checked import integer, mapping, number, string
-from ercbatch.errors import OutputError, UsageError
+from ercbatch.errors import UsageError
+from ercbatch.inputs.records import BEGINNING, Position
+from ercbatch.runs.appended import TO_ADD, Prefix, lock, named_errors, sync_folder, write_all
 
-FORMAT = 3
+FORMAT = 4
 _CHECK = b',"check":"'
 _DIGITS = 16
 """Hexadecimal digits of a line's digest that are written."""
 _MOST = 2**63 - 1
-_TO_ADD = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A point between two lines of the inputs.
+class Counts:
+    """Lines of the inputs, and utterances labelled.
 
-    `source` is the index of an input; `line` and `byte` (decompressed) of it lie before the point.
-    `lines` and `blank` are those of all inputs that do.
+    At the end of a run, lines = labelled + rejected + blank.
     """
 
-    source: int
-    line: int
-    byte: int
-    lines: int
-    blank: int
+    lines: int = 0
+    labelled: int = 0
+    rejected: int = 0
+    blank: int = 0
+    utterances: int = 0
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """The place that was written so.
+        """Read counts.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: they are none.
         """
-        told = mapping(value)
-        counts = (integer(told[key], high=_MOST) for key in cls.__slots__)
-        return cls(*counts)
+        return cls(**_integers(cls.__slots__, value))
 
 
-BEGINNING = Place(0, 0, 0, 0, 0)
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """How far a run has come, and where a resumed run begins to read.
+
+    Attributes:
+        chunk: where reading begins, the start of a chunk (see `ercbatch.engine`).
+        written: records from there on that are in the output or among the rejects.
+        counts: counts up to and with the last of these records.
+        seconds: duration of labelling up to here.
+    """
+
+    chunk: Position = BEGINNING
+    written: int = 0
+    counts: Counts = Counts()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What is on the disk, and where a run that goes on begins to read.
+    """A resume point, and what is on the disk of the output and the rejects there."""
 
-    Reading begins at `restart`; the first `replayed` items (dialogues and rejects) and `trees` from
-    there are computed no more: see `pipeline.Restart`.
-    """
-
-    restart: Place
-    replayed: int
-    trees: int
-    output: int
-    """Bytes."""
-    rejects: int
-    """Bytes."""
-    sha256: str
-    """Of so much of the output."""
-    rejects_sha256: str
-    labelled: int
-    rejected: int
-    utterances: int
-    seconds: float
-    """Of labelling so far."""
+    point: ResumePoint
+    output: Prefix
+    rejects: Prefix
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The commit that was written so.
+        """Read a commit.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: it is not one.
         """
-        counts = ("replayed", "trees", "output", "rejects", "labelled", "rejected", "utterances")
+        point = mapping(value["point"])
         return cls(
-            restart=Place.from_json(value["restart"]),
-            sha256=string(value["sha256"]),
-            rejects_sha256=string(value["rejects_sha256"]),
-            seconds=number(value["seconds"]),
-            **{key: integer(value[key], high=_MOST) for key in counts},
+            ResumePoint(
+                Position(**_integers(Position.__slots__, point["chunk"])),
+                integer(point["written"], high=_MOST),
+                Counts.from_json(point["counts"]),
+                number(point["seconds"]),
+            ),
+            _prefix(value["output"]),
+            _prefix(value["rejects"]),
         )
+
+
+def _prefix(value: object) -> Prefix:
+    told = mapping(value)
+    return Prefix(integer(told["bytes"], high=_MOST), string(told["sha256"]))
+
+
+def _integers(names: Iterable[str], value: object) -> dict[str, int]:
+    return {name: integer(mapping(value)[name], high=_MOST) for name in names}
 
 
 class Journal:
@@ -157,7 +162,7 @@ class Journal:
         self.foreign = False
         self.identity, self.commit, self.manifest, self._end = dict(identity), None, None, 0
         self._append(identity)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def write(self, commit: Commit) -> None:
         """Bring a commit to the disk; what it speaks of must be there.
@@ -179,11 +184,11 @@ class Journal:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         line = _line(value)
-        with _told(self.path):
+        with named_errors(self.path):
             os.ftruncate(self._file, self._end)  # what a run that died had begun to write
             os.lseek(self._file, self._end, os.SEEK_SET)
             try:
-                _write(self._file, line)
+                write_all(self._file, line)
             except OSError:
                 os.ftruncate(self._file, self._end)
                 raise
@@ -210,184 +215,16 @@ class Journal:
         os.close(self._file)
 
 
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Errors of calls that know a file by its number alone name it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def _write(file: int, data: bytes | bytearray) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-class Appended:
-    """A file that a run adds to: what is written up to a commit stays, what comes after may not.
-    It is locked: no other run adds to it.
-
-    Args:
-        path: of the file.
-        length: bytes of it to keep.
-        sha256: their digest; None where nothing is to be kept.
-
-    Raises:
-        OSError: it cannot be read or cut.
-        OutputError: it does not begin so.
-        UsageError: it cannot be opened, or another run writes to it.
-    """
-
-    _GATHERED = 1 << 20
-    """Bytes that are written at a time."""
-
-    def __init__(self, path: Path, length: int, sha256: str | None) -> None:
-        self.path = path
-        self.length = length
-        self.sha256 = hashlib.sha256()
-        self._gathered = bytearray()
-        try:
-            self._file = os.open(path, _TO_ADD, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"{path}: cannot be written: {error.strerror}: choose another file"
-            ) from error
-        try:
-            with _told(path):
-                _lock(self._file, path)
-                self._keep(length)
-                if sha256 not in (None, self.sha256.hexdigest()):
-                    raise OutputError(
-                        f"{path}: it is not what its journal says: begin again with --force"
-                    )
-                os.ftruncate(self._file, length)
-                os.lseek(self._file, length, os.SEEK_SET)
-        except BaseException:
-            os.close(self._file)
-            raise
-
-    def _keep(self, length: int) -> None:
-        with open(self._file, "rb", closefd=False) as kept:
-            while length:
-                piece = kept.read(min(length, self._GATHERED))
-                if not piece:
-                    raise OutputError(
-                        f"{self.path}: it is shorter than its journal says: begin again with "
-                        "--force"
-                    )
-                self.sha256.update(piece)
-                length -= len(piece)
-
-    def add(self, data: bytes) -> None:
-        """Add some bytes.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        self._gathered += data
-        self.sha256.update(data)
-        self.length += len(data)
-        if len(self._gathered) >= self._GATHERED:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand all of it to the system.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        with _told(self.path):
-            _write(self._file, self._gathered)
-        self._gathered = bytearray()
-
-    def settle(self) -> None:
-        """Bring what is flushed to the disk.
-
-        Raises:
-            OSError: it cannot be.
-            OutputError: the file is no longer in its place.
-        """
-        with _told(self.path):
-            os.fsync(self._file)
-        try:
-            same = os.path.samestat(os.fstat(self._file), os.stat(self.path))
-        except FileNotFoundError:
-            same = False
-        if self.length and not same:
-            raise OutputError(f"{self.path}: somebody has moved or removed it: begin again")
-
-    def close(self) -> None:
-        """Close it; what is not settled may be lost."""
-        os.close(self._file)
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:
-    """What differs between two such values: `name: old, now new` for each."""
-    found: list[str] = []
-    for key in [*was, *(key for key in now if key not in was)]:
-        old, new = was.get(key), now.get(key)
-        name = f"{under}{key}"
-        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            names = [_entry(place, value) for place, value in enumerate(old, start=1)]
-            old, new = dict(zip(names, old, strict=True)), dict(zip(names, new, strict=True))
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name}: {_said(old)}, now {_said(new)}")
-    return found
-
-
-def put_in_place(part: Path, whole: Path) -> None:
-    """Rename a complete file, and bring the new name to the disk.
-
-    What is replaced hands on who may read it.
-
-    Raises:
-        OSError: it cannot be.
-    """
-    with suppress(FileNotFoundError):
-        shutil.copymode(whole, part)
-    os.replace(part, whole)
-    _sync_folder(whole.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # one may write there, and not look
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _entry(place: int, value: object) -> str:
-    file = value.get("file") if isinstance(value, Mapping) else None
-    return f"{place} ({file})" if file else str(place)
-
-
-def _said(value: object) -> str:
-    if value is None:
-        return "missing"
-    # Lists may be long, or lie deep inside each other.
-    return str(value) if isinstance(value, str | int | float) else reprlib.repr(value)
-
-
 def _locked(path: Path) -> int:
     while True:
         try:
-            file = os.open(path, _TO_ADD, 0o666)
+            file = os.open(path, TO_ADD, 0o666)
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be written: {error.strerror}: choose another --output"
             ) from error
         try:
-            _lock(file, path)
+            lock(file, path)
             # The run that held it may have been over, and have removed it, just now.
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -397,17 +234,6 @@ def _locked(path: Path) -> int:
             os.close(file)
             raise
         os.close(file)
-
-
-def _lock(file: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{path}: another run is writing there: wait for it, or choose another file"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be locked: {error.strerror}") from error
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

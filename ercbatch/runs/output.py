@@ -21,7 +21,8 @@ from ercbatch.dialogues import LabeledDialogue
 from ercbatch.errors import OutputError
 from ercbatch.inputs.files import MANIFEST, REJECTS, shown
 from ercbatch.inputs.records import Reject, dump_record
-from ercbatch.runs.journal import BEGINNING, Appended, Commit, Journal, Place, put_in_place
+from ercbatch.runs.appended import Appended, put_in_place
+from ercbatch.runs.journal import Commit, Journal, ResumePoint
 from ercbatch.terminal.streams import printable
 from ercbatch.terminal.transcript import print_dialogue
 
@@ -75,29 +76,9 @@ class Files:
         return self.output.with_name(self.output.name + ending)
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """What a run has come to so far, at a place of its inputs."""
-
-    restart: Place = BEGINNING
-    replayed: int = 0
-    trees: int = 0
-    labelled: int = 0
-    rejected: int = 0
-    utterances: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def at(cls, commit: Commit) -> Tally:
-        """What it had come to at a commit."""
-        names = cls.__slots__
-        return cls(**{name: getattr(commit, name) for name in names})
-
-
 def tell(reject: Reject) -> None:
     """Say on stderr what is wrong with a line."""
-    place = printable(reject.at.file)
-    print(f"{place}, line {reject.at.line}: {reject.reason}", file=sys.stderr)
+    print(f"{printable(reject.file)}, line {reject.line}: {reject.reason}", file=sys.stderr)
 
 
 class StreamOutput:
@@ -109,25 +90,25 @@ class StreamOutput:
     """
 
     def __init__(self, rejects: Path | None) -> None:
-        self._rejects = None if rejects is None else Appended(rejects, 0, None)
+        self._rejects = None if rejects is None else Appended(rejects)
         terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=False) if terminal else None
 
-    def write(self, labeled: LabeledDialogue, tally: Tally) -> None:
-        """Write a labelled dialogue, with which the run has come to so much."""
+    def write(self, labeled: LabeledDialogue, point: ResumePoint) -> None:
+        """Write a labelled dialogue, after which the run is at `point`."""
         if self._console is not None:
             print_dialogue(self._console, labeled)
             return
         sys.stdout.buffer.write(dump_record(labeled.to_record()))
         sys.stdout.buffer.flush()
 
-    def reject(self, reject: Reject, tally: Tally) -> None:
-        """Write a reject, with which the run has come to so much."""
+    def reject(self, reject: Reject, point: ResumePoint) -> None:
+        """Write a reject, after which the run is at `point`."""
         if self._rejects is None or reject.ends_file:
             tell(reject)
         if self._rejects is None:
             return
-        self._rejects.add(dump_record(reject.to_record()))
+        self._rejects.add(dump_record(reject))
         self._rejects.flush()
 
     def close(self) -> None:
@@ -154,17 +135,17 @@ class FileOutput:
         was = journal.commit
         # Rejects have their file from the start, so that no other run takes the name meanwhile.
         if was is None:
-            self._rejects = Appended(files.rejects, 0, None)
+            self._rejects = Appended(files.rejects)
             try:
-                self._output = Appended(files.part, 0, None)
+                self._output = Appended(files.part)
             except BaseException:
                 _remove_empty(files.rejects)
                 raise
         else:
-            self._rejects = Appended(files.rejects, was.rejects, was.rejects_sha256)
-            self._output = Appended(files.part, was.output, was.sha256)
+            self._rejects = Appended(files.rejects, was.rejects)
+            self._output = Appended(files.part, was.output)
         self._every = every
-        self._tally: Tally | None = None
+        self._point: ResumePoint | None = None
         """What is written and not committed."""
         self._lock = threading.Lock()
         self._failed: BaseException | None = None
@@ -173,25 +154,25 @@ class FileOutput:
         self._thread.daemon = True
         self._thread.start()
 
-    def write(self, labeled: LabeledDialogue, tally: Tally) -> None:
-        """Write a labelled dialogue, with which the run has come to so much.
+    def write(self, labeled: LabeledDialogue, point: ResumePoint) -> None:
+        """Write a labelled dialogue, after which the run is at `point`.
 
         Raises:
             OSError, OutputError: it, or what was written before, cannot be brought to the disk.
         """
-        self._add(self._output, dump_record(labeled.to_record()), tally)
+        self._add(self._output, dump_record(labeled.to_record()), point)
 
-    def reject(self, reject: Reject, tally: Tally) -> None:
-        """Write a reject, with which the run has come to so much.
+    def reject(self, reject: Reject, point: ResumePoint) -> None:
+        """Write a reject, after which the run is at `point`.
 
         Raises:
             OSError, OutputError: see `write`.
         """
         if reject.ends_file:
             tell(reject)
-        self._add(self._rejects, dump_record(reject.to_record()), tally)
+        self._add(self._rejects, dump_record(reject), point)
 
-    def _add(self, file: Appended, line: bytes, tally: Tally) -> None:
+    def _add(self, file: Appended, line: bytes, point: ResumePoint) -> None:
         if self._failed is not None:
             raise self._failed
         with self._lock:
@@ -200,7 +181,7 @@ class FileOutput:
             except OSError as error:  # how much of it is there? nothing more is committed
                 self._failed = error
                 raise
-            self._tally = tally
+            self._point = point
 
     def _committing(self) -> None:
         try:
@@ -214,19 +195,12 @@ class FileOutput:
         with self._lock:
             if self._failed is not None:
                 raise self._failed
-            tally, self._tally = self._tally, None
-            if tally is None:
+            point, self._point = self._point, None
+            if point is None:
                 return
             for file in (self._rejects, self._output):
                 file.flush()
-            told = {name: getattr(tally, name) for name in Tally.__slots__}
-            commit = Commit(
-                output=self._output.length,
-                sha256=self._output.sha256.hexdigest(),
-                rejects=self._rejects.length,
-                rejects_sha256=self._rejects.sha256.hexdigest(),
-                **told,
-            )
+            commit = Commit(point, self._output.written(), self._rejects.written())
         for file in (self._rejects, self._output):
             file.settle()
         self._journal.write(commit)
@@ -247,8 +221,8 @@ class FileOutput:
 
     @property
     def sha256(self) -> str:
-        """Of the output."""
-        return self._output.sha256.hexdigest()
+        """Digest of the output."""
+        return self._output.written().sha256
 
 
 def _remove_empty(path: Path) -> None:

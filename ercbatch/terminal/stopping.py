@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from ercbatch.errors import (
     ErcbatchError,
-    InputError,
-    LimitError,
     OutputError,
-    UnreadableError,
-    UsageError,
 )
 from ercbatch.terminal.streams import printable
 
@@ -42,7 +36,7 @@ class Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance's
 
 
-class _Stopped(BaseException):
+class Stopped(BaseException):
     """A signal of this number asked the run to stop."""
 
     def __init__(self, number: int) -> None:
@@ -75,7 +69,7 @@ def _leave_stdout() -> None:
 
 
 class Stopper:
-    """Raises `_Stopped` when a signal comes: at once, or at the end of what is shielded.
+    """Raises `Stopped` when a signal comes: at once, or at the end of what is shielded.
 
     Where `patience` is set, what is shielded has so many seconds: it may wait for a reader.
     """
@@ -84,7 +78,7 @@ class Stopper:
         self._shielded = False
         self._noted: int | None = None
         self.patience: float | None = None
-        self.raised: _Stopped | None = None
+        self.raised: Stopped | None = None
 
     def __call__(self, number: int, frame: object) -> None:
         for each in _STOPPING:
@@ -102,7 +96,7 @@ class Stopper:
         self._raise(self._noted)
 
     def _raise(self, number: int) -> NoReturn:
-        self.raised = _Stopped(number)
+        self.raised = Stopped(number)
         raise self.raised
 
     @contextmanager
@@ -145,55 +139,3 @@ def stoppable() -> Iterator[Stopper]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
-    """Says how to go on with a labelling run that ends early, if one can."""
-    from ercbatch.runs.output import JOURNAL
-    from ercbatch.runs.preflight import can_resume
-
-    try:
-        yield
-    except (UsageError, OutputError):
-        raise
-    except BaseException as error:
-        begun = output is not None and output.with_name(output.name + JOURNAL).exists()
-        again = begun and can_resume(inputs)
-        # An input that is broken, or was changed, must become another one first.
-        same = not isinstance(error, InputError) or isinstance(error, LimitError | UnreadableError)
-        begun = begun and same
-        if isinstance(error, _Stopped):
-            click.echo(f"ercbatch: {error}", err=True)
-        if begun and again:
-            higher = ", with a higher --max-errors" if isinstance(error, LimitError) else ""
-            click.echo(f"ercbatch: to go on{higher}: {_resuming(sys.argv)}", err=True)
-        elif begun:
-            click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
-        if isinstance(error, _Stopped):
-            # Threads may be at work on packs, or wait for input: none of them is waited for, nor
-            # is whoever reads stdout.
-            sys.stderr.flush()
-            os._exit(STOPPED if again else 128 + error.number)
-        raise
-
-
-def _resuming(argv: Sequence[str]) -> str:
-    """The command that goes on with the one that was given."""
-    module = Path(argv[0]).name == "__main__.py"
-    program = ["python", "-m", "ercbatch"] if module else [Path(argv[0]).name]
-    at = argv.index("label") + 1
-    end = argv.index("--") if "--" in argv else len(argv)
-    given = [word for word in argv[at:end] if word not in ("--force", "--resume")]
-    words = [*program, *argv[1:at], "--resume", *given, *argv[end:]]
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: str) -> str:
-    """A word as a shell takes it; one that is not UTF-8 as bash, zsh and ksh do."""
-    if word.isprintable():
-        return shlex.quote(word)
-    letters = (
-        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(word)
-    )
-    return f"$'{''.join(letters)}'"

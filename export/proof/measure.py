@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ercbatch.engine import Engine, Retriever
+from ercbatch.engine import Engine
 from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Renderer, Task
+from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Recipe

@@ -1,0 +1,57 @@
+"""The retriever: the demonstrations that a question shows, from a bundle's bank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ercbatch.bundle import manifest as files
+from ercbatch.bundle.manifest import Bundle, odd_files
+from ercbatch.errors import BundleError
+from ercbatch.labels import LabelSet
+from ercbatch.retrieval.bank import DemonstrationBank
+from ercbatch.retrieval.encoder import SentenceEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Retriever:
+    """Finds demonstrations for utterances."""
+
+    encoder: SentenceEncoder
+    bank: DemonstrationBank
+
+    def restricted(self, labels: LabelSet) -> Retriever:
+        """The retriever over the demonstrations that have a label in this set."""
+        return Retriever(self.encoder, self.bank.restricted(labels))
+
+    def demonstrations(self, texts: list[str], count: int) -> list[tuple[tuple[str, str], ...]]:
+        """(text, label) pairs for each text, `count` of them where the bank has as many."""
+        several = list(dict.fromkeys(texts))
+        own = [[text] for text in several]
+        found = self.bank.nearest(self.encoder.encode(several), count, exclude=own)
+        shown = [tuple((d.text, d.label) for d in few) for few in found]
+        of_text = dict(zip(several, shown, strict=True))
+        return [of_text[text] for text in texts]
+
+
+def open_retriever(bundle: Bundle, threads: int) -> Retriever:
+    """The retriever of a bundle.
+
+    Raises:
+        BundleError: the bundle has none.
+    """
+    if files.ENCODER not in bundle.info.files:
+        raise BundleError(
+            f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
+            "with --encoder and --examples"
+        )
+    with odd_files(bundle.folder):
+        encoder = SentenceEncoder(
+            bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
+        )
+        digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
+        bank = DemonstrationBank.load(bundle.folder, digests)
+        if bank.vectors.shape[1] != encoder.dim:
+            raise BundleError(
+                f"{bundle.folder}: its demonstrations are not of its encoder: build the bank again"
+            )
+        return Retriever(encoder, bank)

@@ -1,0 +1,53 @@
+"""`ercbatch label --dry-run`: what a run would come to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ercbatch.dialogues import Dialogue
+from ercbatch.errors import UsageError
+from ercbatch.inputs.files import STDIN
+from ercbatch.inputs.records import Reader
+from ercbatch.labeler import Labeler
+from ercbatch.runs.output import Files, tell
+from ercbatch.runs.preflight import RunOptions, check_files, check_unasked
+
+_TIMED = 200
+"""Utterances that are labelled to estimate the speed, at least."""
+
+
+def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
+    """Read all of the input, verify the bundle, time some dialogues; what a run would come to.
+
+    Raises:
+        UsageError: the input is stdin, which can be read only once.
+    """
+    if STDIN in options.inputs:
+        raise UsageError("--dry-run reads the input twice, and stdin can be read only once")
+    if options.output is not None:
+        files = Files.of(options.output, options.rejects)
+        check_files(files, options)
+        check_unasked(files, options, stopped=files.journal.exists())
+    loaded = labeler()
+    accepted = rejected = utterances = sampled = 0
+    sample: list[Dialogue] = []
+    reader = Reader(options.inputs, options.limits)
+    for record in reader:
+        if record.reject is not None:
+            rejected += 1
+            tell(record.reject)
+        elif record.dialogue is not None:
+            accepted += 1
+            utterances += len(record.dialogue.utterances)
+            if sampled < _TIMED:
+                sample.append(record.dialogue)
+                sampled += len(record.dialogue.utterances)
+    began = time.monotonic()
+    timed = sum(len(labeled.labels) for labeled in loaded.label(sample))
+    seconds = (time.monotonic() - began) * utterances / max(1, timed)
+    return (
+        f"{accepted:,} dialogues, {utterances:,} utterances; {rejected:,} lines to "
+        f"reject, {reader.position.blank:,} blank. Bundle {loaded.bundle.info.name} is whole. "
+        f"Labelling would take about {seconds:,.0f} s"
+    )
