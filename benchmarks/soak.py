@@ -68,8 +68,8 @@ def labelled(journal: Path) -> int:
         with journal.open("rb") as file:
             file.seek(max(0, journal.stat().st_size - 4096))
             last = file.read().splitlines()[-1]
-        return int(json.loads(last).get("labelled", 0))
-    except (OSError, ValueError, IndexError):
+        return int(json.loads(last)["point"]["counts"]["labelled"])
+    except (OSError, KeyError, ValueError, IndexError):
         return 0
 
 

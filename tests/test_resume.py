@@ -32,11 +32,11 @@ def label(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def committed(output: Path) -> int:
-    """Dialogues that the journal of a run says are safe; 0 where there is none yet."""
+    """Dialogues in the last commit of a run's journal; 0 before the first one."""
     try:
-        told = output.with_name(output.name + ".journal").read_bytes().splitlines()
-        return int(json.loads(told[-1]).get("labelled", 0)) if told else 0
-    except (FileNotFoundError, ValueError):
+        rows = output.with_name(output.name + ".journal").read_bytes().splitlines()
+        return int(json.loads(rows[-1])["point"]["counts"]["labelled"])
+    except (FileNotFoundError, IndexError, KeyError, ValueError):
         return 0
 
 
