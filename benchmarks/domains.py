@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from ercbatch.bundle.manifest import encoder_files
+from ercbatch.bundle.bundle import encoder_files
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.evaluate import Evaluation, evaluation

@@ -21,7 +21,7 @@ import click
 import onnxruntime
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.bundle import find_bundle
 from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.dialogues import Dialogue
 from ercbatch.engine import Engine
@@ -107,7 +107,7 @@ def packs(engine: Engine, dialogues: Sequence[Dialogue]) -> list[Pack]:
         for number, dialogue in enumerate(dialogues)
         for tree in engine.renderer.trees(dialogue, asked(engine, dialogue))
     )
-    return list(pack(trees, engine.pack_tokens, len(engine.renderer.head)))
+    return list(pack(trees, engine.longest_pack, len(engine.renderer.head)))
 
 
 def graph_file(name: str) -> Path:

@@ -43,7 +43,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.runs.run import run_label
 times.append(time.monotonic())
-from ercbatch.bundle.manifest import find_bundle, open_bundle
+from ercbatch.bundle.bundle import find_bundle, open_bundle
 bundle = open_bundle(find_bundle(sys.argv[1]))
 times.append(time.monotonic())
 labeler = Labeler(bundle, threads=int(sys.argv[3]))

@@ -47,7 +47,7 @@ import numpy as np
 from benchmarks.options import numbers
 from benchmarks.searches import COUNTS, Engine, OwnBank, Peer, Queries, Truth, open_bank
 from benchmarks.sentences import invent
-from ercbatch.bundle.manifest import encoder_files
+from ercbatch.bundle.bundle import encoder_files
 from ercbatch.engine import RETRIEVED_TOGETHER
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.bundle import find_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.retrieval.bank import TEXTS, Demonstration, read_examples
 

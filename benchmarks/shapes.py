@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
 
 _QWEN: Mapping[str, Any] = {

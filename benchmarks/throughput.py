@@ -37,7 +37,7 @@ from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
 from benchmarks.plan import Plan, Round, plan
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.retrieval.bank import TEXTS

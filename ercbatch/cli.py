@@ -305,7 +305,7 @@ def bundle() -> None:
 def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
     with errors():
-        from ercbatch.bundle.manifest import find_bundle, read_info
+        from ercbatch.bundle.bundle import find_bundle, read_info
         from ercbatch.terminal.show import describe
 
         folder = find_bundle(name)
@@ -318,7 +318,7 @@ def bundle_show(name: str, as_json: bool) -> None:
 def bundle_verify(name: str) -> None:
     """Check every file of a bundle against its digest, and label a word with it."""
     with errors():
-        from ercbatch.bundle.manifest import find_bundle, open_bundle
+        from ercbatch.bundle.bundle import find_bundle, open_bundle
         from ercbatch.labeler import labels_a_word
 
         opened = open_bundle(find_bundle(name))

@@ -143,7 +143,7 @@ class Engine:
         scorer: computes log probabilities.
         renderer: makes the prompt trees of a dialogue.
         temperature: divides the log probabilities.
-        pack_tokens: most tokens of a pack that holds several trees.
+        pack_tokens: most tokens of a pack that holds several trees, if the scorer takes as many.
         retriever: finds demonstrations; None if no question shows any.
         demonstrations: number of demonstrations that a question shows.
         offsets: added to each label's log probability after the temperature; one a label, or none.
@@ -156,6 +156,11 @@ class Engine:
     retriever: Retriever | None = None
     demonstrations: int = 0
     offsets: tuple[float, ...] = ()
+
+    @property
+    def longest_pack(self) -> int:
+        """Most tokens of a pack that holds several trees: `pack_tokens`, or the scorer's limit."""
+        return min(self.pack_tokens, self.scorer.longest_pack or self.pack_tokens)
 
     def run(
         self, items: Iterable[tuple[T, Dialogue | None]], written: int = 0
@@ -192,7 +197,7 @@ class Engine:
     def _steps(
         self, items: Iterable[tuple[T, Dialogue | None]], written: int
     ) -> Iterator[_Step[T]]:
-        packer = Packer(self.pack_tokens, len(self.renderer.head))
+        packer = Packer(self.longest_pack, len(self.renderer.head))
         begun: list[Entry[T]] = []
         for number, (entry, questions) in enumerate(self._questions(_entries(items))):
             entry.unanswered = len(questions)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from ercbatch.bundle.metrics import CoveragePoint
 from ercbatch.dialogues import parse_dialogue
 from ercbatch.errors import InputError, RecordError
 from ercbatch.labels import LabelSet, label_set, label_set_names
@@ -31,19 +32,6 @@ class LabelFigures:
     recall: float
     f1: float
     support: int
-
-
-@dataclass(frozen=True, slots=True)
-class CoveragePoint:
-    """Answering only the surest `coverage` of utterances errs in `risk` of them.
-
-    `confidence` is the least confidence among them: what to give as `--min-confidence`.
-    Abstentions come last and count as errors, so the points beyond the share answered say little.
-    """
-
-    coverage: float
-    risk: float
-    confidence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +247,10 @@ def coverage_points(
     right: npt.NDArray[np.bool_],
     answered: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[CoveragePoint, ...]:
-    """Coverage against risk of answers [n], the surest first, by default all of them answered."""
+    """Coverage against risk of answers [n], the surest first, by default all of them answered.
+
+    Abstentions come last and count as errors, so the points beyond the share answered say little.
+    """
     last = np.zeros(len(right), bool) if answered is None else ~answered
     order = np.lexsort((-confidence, last))
     wrong_so_far = np.cumsum(~right[order])

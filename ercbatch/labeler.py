@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import Bundle, find_bundle, odd_files, open_bundle
+from ercbatch.bundle.bundle import Bundle, find_bundle, odd_files, open_bundle
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.engine import Engine, Entry
 from ercbatch.errors import BundleError, UsageError
@@ -21,7 +21,7 @@ from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
 from ercbatch.retrieval.retriever import open_retriever
-from ercbatch.scoring.onnx_scorer import LONGEST_PACK, available_threads
+from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
 
 T = TypeVar("T")
@@ -97,7 +97,6 @@ class Labeler:
             self.labels.labels,
         )
         scorer = open_scorer(bundle, threads)
-        onnx = self.runtime == "onnx"
         if not set(renderer.trie.tokens) <= set(scorer.head.tokens.tolist()):
             raise BundleError(
                 f"{bundle.folder}: {files.HEAD} has no rows for the labels of {self.labels.name}: "
@@ -107,7 +106,7 @@ class Labeler:
             scorer=scorer,
             renderer=renderer,
             temperature=info.temperatures.get(self.labels.name, 1.0),
-            pack_tokens=min(info.pack_tokens, LONGEST_PACK) if onnx else info.pack_tokens,
+            pack_tokens=info.pack_tokens,
             retriever=open_retriever(bundle, threads).restricted(self.labels) if count else None,
             demonstrations=count,
             offsets=info.offsets(self.labels),

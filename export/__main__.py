@@ -145,7 +145,7 @@ def bundle(
     With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
-    from export.proof.calibration import Limits
+    from export.proof.losses import Limits
 
     if (encoder is None) != (examples is None):
         raise click.UsageError("--encoder and --examples go together: give both, or neither")
@@ -223,7 +223,7 @@ def calibrate(
     force: bool,
 ) -> None:
     """Write BUNDLE calibrated anew, on labelled dialogues of your own."""
-    from ercbatch.bundle.manifest import find_bundle, open_bundle
+    from ercbatch.bundle.bundle import find_bundle, open_bundle
     from export.bundle import summary
     from export.recalibrate import recalibrate
 
@@ -261,7 +261,7 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
 
     It has Hugging Face's form. Of other forms, see `bundle --also-checkpoint`.
     """
-    from ercbatch.bundle.manifest import find_bundle, open_bundle
+    from ercbatch.bundle.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
     with errors(), stoppable():

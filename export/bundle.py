@@ -6,7 +6,7 @@ import ctypes
 import gc
 import shutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,8 +16,9 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from ercbatch.bundle import manifest as files
+from ercbatch.bundle.bundle import encoder_files, odd_files, write_bundle
 from ercbatch.bundle.folders import check_output, whole_folder
-from ercbatch.bundle.manifest import BundleInfo, encoder_files, odd_files, write_bundle
+from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.errors import LossError, UsageError
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.templates import template
@@ -30,17 +31,10 @@ from ercbatch.scoring.runtimes import open_model
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention
-from export.proof.calibration import (
-    UNMEASURED,
-    Limits,
-    calibrate_sets,
-    calibration_figures,
-    compare,
-    losses,
-    temperatures,
-)
+from export.proof.calibration import calibrate_sets
 from export.proof.card import write_card
-from export.proof.measure import Measured, Questions, Say, measure, with_demonstrations
+from export.proof.losses import UNMEASURED, Limits, compare, losses
+from export.proof.measure import Measurement, Questions, Say, measure, with_demonstrations
 from export.quantize.targets import SAFE_TARGET
 from train.recipe import Source
 from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
@@ -164,16 +158,20 @@ def export_bundle(
         gc.collect()
         listed = [path.name for path in part.iterdir()]
         scorer = open_model(part, options.form, head, available_threads(), listed)
-        info = _prove(info, questions, original, measure(questions, scorer, say), options)
+        info = _prove(info, original, measure(questions, scorer, say), options)
         if retriever is not None:
-            quality = {
-                name: {
-                    **info.quality[name],
-                    **with_demonstrations(questions.engine(scorer, dataset), dataset, retriever),
-                }
-                for name, dataset in questions.held_out.items()
-            }
-            info = replace(info, quality=quality)
+            info = replace(
+                info,
+                quality=tuple(
+                    replace(
+                        quality,
+                        weighted_f1_with_demonstrations=with_demonstrations(
+                            questions.engine(scorer, dataset), dataset, retriever
+                        ),
+                    )
+                    for quality, (_, dataset) in zip(info.quality, questions.held_out, strict=True)
+                ),
+            )
         write_card(info, part)
         return info
 
@@ -263,44 +261,37 @@ def _describe(
         base=options.base_name or recipe.base,
         data=data,
         licence=options.licence,
-        quality={},
         architecture=_architecture(run.model),
     )
 
 
 def _prove(
     info: BundleInfo,
-    questions: Questions,
-    original: Measured,
-    found: Measured,
+    original: Sequence[Measurement],
+    found: Sequence[Measurement],
     options: BundleOptions,
 ) -> BundleInfo:
-    """The description with what was measured.
+    """Add the metrics to the description.
 
     Raises:
         LossError: the bundle falls short by more than the limits, and that is not accepted.
     """
-    quality: dict[str, dict[str, float]] = {}
-    lost = [] if found.predictions else [UNMEASURED]
-    for name, predictions in found.predictions.items():
-        speed = original.seconds[name] / found.seconds[name]
-        quality[name] = compare(predictions, original.predictions[name], speed)
-        lost += losses(name, quality[name], options.limits)
+    quality = tuple(map(compare, found, original))
+    lost = [] if found else [UNMEASURED]
+    for each in quality:
+        lost += losses(each, options.limits)
     if lost and not options.accept_loss:
         raise LossError(
             "nothing is written, for the bundle cannot be vouched for: "
-            f"{'; '.join(lost)}: {_OTHER_FORM if found.predictions else _NO_DATA}"
+            f"{'; '.join(lost)}: {_OTHER_FORM if found else _NO_DATA}"
         )
-    calibration = calibrate_sets(
-        (dataset.labels.name, found.predictions[name])
-        for name, dataset in questions.held_out.items()
-    )
+    calibration = calibrate_sets((m.label_set, m.predictions) for m in found)
     return replace(
         info,
         quality=quality,
         accepted_loss=tuple(lost),
-        calibration=calibration_figures(calibration),
-        temperatures=temperatures(calibration),
+        calibration={labels: fitted.metrics for labels, fitted in calibration.items()},
+        temperatures={k: fitted.scaling.temperature for k, fitted in calibration.items()},
     )
 
 
@@ -315,24 +306,24 @@ def summary(info: BundleInfo, folder: Path, only: Collection[str] | None = None)
     """What was written and measured, for people; of all label sets, or of some."""
     size = sum(digest.size for digest in info.files.values()) / 1e6
     lines = [f"{folder}: {info.form}, {size:,.1f} MB"]
-    for name, figures in info.quality.items():
-        if only is not None and name.partition(",")[0] not in only:
+    for quality in info.quality:
+        if only is not None and quality.label_set not in only:
             continue
-        line = f"{name}: weighted F1 {figures['weighted_f1']:.2%}"
-        if "weighted_f1_original" in figures:
+        line = f"{quality.title}: weighted F1 {quality.weighted_f1:.2%}"
+        if quality.weighted_f1_original is not None:
             line += (
-                f" (the trained model's {figures['weighted_f1_original']:.2%}); its label for "
-                f"{figures['agreement']:.1%} of utterances, probabilities within "
-                f"{figures['largest_difference']:.4f}; {figures['speed_ratio']:.2f} times as fast "
+                f" (the trained model's {quality.weighted_f1_original:.2%}); its label for "
+                f"{quality.agreement:.1%} of utterances, probabilities within "
+                f"{quality.largest_difference:.4f}; {quality.speed_ratio:.2f} times as fast "
                 "as it is in torch here"
             )
         lines.append(line)
-    for name, found in info.calibration.items():
+    for name, fitted in info.calibration.items():
         if only is None or name in only:
             lines.append(
-                f"{name}: calibration error {found['error_after']} with a temperature of "
-                f"{found['temperature']} ({found['error_before']} without; chance alone gives "
-                f"{found['error_if_perfect']})"
+                f"{name}: calibration error {fitted.error_after} with a temperature of "
+                f"{fitted.temperature} ({fitted.error_before} without; chance alone gives "
+                f"{fitted.error_if_perfect})"
             )
     lines += [f"warning: accepted loss: {loss}" for loss in info.accepted_loss]
     return "\n".join(lines)

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ercbatch.bundle import manifest as files
+from ercbatch.bundle.bundle import Bundle
 from ercbatch.bundle.folders import check_output, whole_folder
-from ercbatch.bundle.manifest import Bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, ErcbatchError
 from ercbatch.labeler import Labeler

@@ -7,30 +7,27 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ercbatch.bundle import manifest as files
+from ercbatch.bundle.bundle import Bundle, write_bundle
 from ercbatch.bundle.folders import check_output
-from ercbatch.bundle.manifest import Bundle, BundleInfo, write_bundle
+from ercbatch.bundle.manifest import BundleInfo
+from ercbatch.bundle.metrics import Quality
 from ercbatch.engine import Engine
 from ercbatch.labeler import Labeler
 from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 from export.proof.calibration import (
-    UNCOMPARED,
-    UNMEASURED,
     Calibrated,
     Scaling,
     calibrate_sets,
     calibration_error,
-    calibration_figures,
-    rounded,
     scaled,
-    temperatures,
 )
 from export.proof.card import write_card
-from export.proof.measure import measured_names, with_demonstrations
-from train.datasets import Dataset, read_dataset
+from export.proof.losses import UNCOMPARED, UNMEASURED
+from export.proof.measure import with_demonstrations
+from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
 
@@ -85,7 +82,10 @@ def recalibrate(
     calibration = calibrate_sets(said[: len(given)], label_shift=label_shift)
     info = replace(
         bundle.info,
-        temperatures={**bundle.info.temperatures, **temperatures(calibration)},
+        temperatures={
+            **bundle.info.temperatures,
+            **{labels: fitted.scaling.temperature for labels, fitted in calibration.items()},
+        },
         label_offsets={
             labels: by_label
             for labels, by_label in bundle.info.label_offsets.items()
@@ -98,19 +98,17 @@ def recalibrate(
         },
     )
     quality = _quality(replace(bundle, info=info), engines, datasets, said, calibration)
-    # A figure's name begins with its label set.
-    anew = tuple(f"{labels}{mark}" for labels in calibration for mark in (", ", " ("))
     same = window == old
-    kept = {t: f for t, f in bundle.info.quality.items() if same and not t.startswith(anew)}
+    kept = tuple(q for q in bundle.info.quality if same and q.label_set not in calibration)
     lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in bundle.info.accepted_loss)
     info = replace(
         info,
         name=name or info.name,
         accepted_loss=lost,
-        quality={**kept, **quality},
+        quality=(*kept, *quality),
         calibration={
             **(bundle.info.calibration if same else {}),
-            **calibration_figures(calibration),
+            **{labels: fitted.metrics for labels, fitted in calibration.items()},
         },
     )
 
@@ -129,32 +127,37 @@ def _quality(
     datasets: Sequence[Dataset],
     said: Sequence[tuple[str, Predictions]],
     calibration: Mapping[str, Calibrated],
-) -> dict[str, Any]:
-    """The figures of each dataset, by the name that figures have.
+) -> list[Quality]:
+    """The metrics of each dataset.
 
-    Answers of datasets that were calibrated on are scaled by what was fitted on other dialogues,
-    those of the others by what the bundle has.
+    Answers on datasets that were calibrated on are scaled by what was fitted on other dialogues,
+    answers on the others by what the bundle has.
     """
     info, retriever = bundle.info, None
     if files.ENCODER in info.files:
         retriever = open_retriever(bundle, available_threads())
     fitted = {labels: deque(found.predictions) for labels, found in calibration.items()}
-    quality = {}
-    for title, dataset, (labels, raw) in zip(measured_names(datasets), datasets, said, strict=True):
+    quality = []
+    for name, dataset, (labels, raw) in zip(file_names(datasets), datasets, said, strict=True):
         offsets = info.offsets(dataset.labels)
         scaling = Scaling(info.temperatures.get(labels, 1.0), offsets)
         weight, found = 0.0, scaled(raw, scaling)
         if fitted.get(labels):  # those that were calibrated on come first
             weight, found = 1 / len(calibration[labels].predictions), fitted[labels].popleft()
-        figures = {
-            "utterances": len(found.gold),
-            **found.figures(),
-            "log_loss": raw.figures()["log_loss"],
-            "calibration_error": calibration_error(found),
-            "calibration_weight": weight,
-        }
+        shown = None
         if retriever is not None:
             engine = replace(engines[labels], temperature=scaling.temperature, offsets=offsets)
-            figures |= with_demonstrations(engine, dataset, retriever)
-        quality[title] = rounded(figures)
+            shown = with_demonstrations(engine, dataset, retriever)
+        metrics = {**found.figures(), "log_loss": raw.figures()["log_loss"]}
+        quality.append(
+            Quality(
+                labels,
+                name,
+                len(found.gold),
+                **metrics,
+                calibration_error=calibration_error(found),
+                calibration_weight=weight,
+                weighted_f1_with_demonstrations=shown,
+            )
+        )
     return quality

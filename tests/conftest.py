@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from ercbatch.bundle.manifest import MANIFEST, with_digest
+from ercbatch.bundle.bundle import with_digest
+from ercbatch.bundle.manifest import MANIFEST
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.scoring.packed_model import load_causal_lm
 

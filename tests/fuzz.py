@@ -26,7 +26,7 @@ from pathlib import Path
 import zstandard
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle, open_bundle
+from ercbatch.bundle.bundle import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import Limits, Reader, dump_record

@@ -31,7 +31,7 @@ from typing import Any
 import onnx
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle, open_bundle
+from ercbatch.bundle.bundle import find_bundle, open_bundle, with_digest
 from ercbatch.errors import ErcbatchError
 from ercbatch.labeler import labels_a_word
 
@@ -215,7 +215,7 @@ def sign(folder: Path) -> None:
             told["sha256"], told["size"] = sha256(data).hexdigest(), len(data)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return  # what lists them is itself what was changed
-    _rewrite(path, json.dumps(files.with_digest(value)).encode())
+    _rewrite(path, json.dumps(with_digest(value)).encode())
 
 
 def _open(folder: Path, log: Path) -> None:

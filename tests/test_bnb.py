@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import BundleInfo, open_bundle, read_info, write_bundle
+from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle
+from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.dialogues import Dialogue
 from ercbatch.engine import Engine
 from ercbatch.errors import BundleError, UsageError

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, cli, describe, export_bundle
 
-from ercbatch.bundle.manifest import FORMAT, find_bundle, open_bundle, read_info
+from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info
+from ercbatch.bundle.manifest import FORMAT
 from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
 from ercbatch.retrieval.bank import read_examples
@@ -24,9 +25,11 @@ def test_show_and_verify_say_what_a_bundle_is(bundle_folder: Path) -> None:
 
 
 def test_the_quantized_bundle_agrees_with_the_merged_model(bundle_folder: Path) -> None:
-    figures = read_info(bundle_folder).quality["meld, labelled_chat"]
-    assert figures["agreement"] >= 0.97
-    assert 0 <= figures["weighted_f1"] <= 1
+    (quality,) = read_info(bundle_folder).quality
+    assert (quality.label_set, quality.dataset) == ("meld", "labelled_chat")
+    metrics = quality.metrics()
+    assert metrics["agreement"] >= 0.97
+    assert 0 <= metrics["weighted_f1"] <= 1
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "link"])
@@ -83,7 +86,7 @@ def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
     assert done.returncode == 0, done.stderr
     # The figures of a bundle are not those of its copy with another bank.
     info = read_info(out)
-    assert (info.demonstrations, info.quality, info.calibration) == (2, {}, {})
+    assert (info.demonstrations, info.quality, info.calibration) == (2, (), {})
     assert info.temperatures == read_info(bundle_folder).temperatures
     assert not {"README.md", "model_card.json"} & info.files.keys()
     again = cli("bank", "build", examples, "--bundle", out, "-o", tmp_path / "again")
@@ -108,11 +111,10 @@ def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(bundle_folder, base)
-    quality = read_info(base).quality
-    (name,) = quality
-    assert 0 <= quality[name]["weighted_f1_with_demonstrations"] <= 1
-    figures = {"weighted_f1": 0.5, "weighted_f1_with_demonstrations": shown}
-    describe(base, lambda value: value["quality"].update({name: figures}))
+    (quality,) = read_info(base).quality
+    assert 0 <= quality.metrics()["weighted_f1_with_demonstrations"] <= 1
+    metrics = {"weighted_f1": 0.5, "weighted_f1_with_demonstrations": shown}
+    describe(base, lambda value: value["quality"][0].update(metrics))
     examples = EXAMPLES / "my_examples.jsonl"
     done = cli("bank", "build", examples, "--bundle", base, "-o", tmp_path / "mine")
     assert done.returncode == 0, done.stderr

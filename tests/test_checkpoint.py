@@ -14,7 +14,7 @@ from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, python, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler
-from ercbatch.bundle.manifest import read_info
+from ercbatch.bundle.bundle import read_info
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.torch_scorer import TorchScorer

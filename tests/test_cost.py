@@ -11,7 +11,7 @@ from onnx import ModelProto
 from benchmarks.graph import PRODUCTS, asked, packs
 from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle
+from ercbatch.bundle.bundle import find_bundle
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
 from ercbatch.scoring.tiles import cut

@@ -32,7 +32,7 @@ from peft import PeftModel
 from test_graph import pack
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle, open_bundle, read_info, write_bundle
+from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.scoring.onnx_scorer import check_full_range
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
@@ -77,7 +77,7 @@ def test_an_accepted_loss_stands_in_the_bundle(int4: Path) -> None:
     data = json.loads((int4 / files.CARD_JSON).read_text())
     assert data["license"] == "mit"
     metrics = data["model-index"][0]["results"][0]["metrics"]
-    assert metrics[0]["value"] == info.quality["meld, labelled_chat"]["weighted_f1"]
+    assert metrics[0]["value"] == info.quality[0].to_json()["weighted_f1"]
     assert metrics[0]["args"] == {"average": "weighted"}
     done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", int4)
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
     done = export_bundle(run, tmp_path / "bundle", "--quantize", "fp32")
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "bundle")
-    assert sorted(info.quality) == [
+    assert sorted(quality.title for quality in info.quality) == [
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
@@ -150,9 +150,9 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
         ("meld", "labelled_chat"),
         ("meld", "labelled_chat_valid"),
     ]
-    counts = [figures["utterances"] for figures in info.quality.values()]
-    assert info.calibration["meld"]["utterances"] == sum(counts)
-    assert info.temperatures == {"meld": info.calibration["meld"]["temperature"]}
+    counts = [quality.metrics()["utterances"] for quality in info.quality]
+    assert info.calibration["meld"].utterances == sum(counts)
+    assert info.temperatures == {"meld": info.calibration["meld"].temperature}
 
 
 def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> None:
@@ -342,9 +342,9 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     before, after = read_info(bundle_folder), read_info(out)
     assert after.name == "mine"
     assert after.files[files.MODEL] == before.files[files.MODEL]
-    assert after.calibration["meld"]["utterances"] == 22
-    assert after.temperatures["meld"] == after.calibration["meld"]["temperature"]
-    assert after.quality["meld, labelled_chat_valid"]["utterances"] == 22
+    assert after.calibration["meld"].utterances == 22
+    assert after.temperatures["meld"] == after.calibration["meld"].temperature
+    assert [(q.title, q.utterances) for q in after.quality] == [("meld, labelled_chat_valid", 22)]
     assert cli("bundle", "verify", out).returncode == 0
     # From two files its figures have other names; what was said of the one is said no more.
     both = python(
@@ -352,7 +352,7 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         *("--valid", f"meld={VALID}", "--valid", f"meld={CHAT}"),
     )
     assert both.returncode == 0, both.stderr
-    assert sorted(read_info(tmp_path / "both").quality) == [
+    assert sorted(quality.title for quality in read_info(tmp_path / "both").quality) == [
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
@@ -369,9 +369,9 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     assert aside.returncode == 0, aside.stderr
     found = read_info(tmp_path / "aside")
     assert found.temperatures == after.temperatures
-    weights = {name: figures["calibration_weight"] for name, figures in found.quality.items()}
+    weights = {quality.title: quality.calibration_weight for quality in found.quality}
     assert weights == {"meld, labelled_chat_valid": 1.0, "meld, labelled_chat": 0.0}
-    assert all(figures["calibration_error"] > 0 for figures in found.quality.values())
+    assert all(quality.metrics()["calibration_error"] > 0 for quality in found.quality)
     # With --label-shift the bundle labels as common labels are in the dialogues.
     shifted = python(
         *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "shifted"),
@@ -409,7 +409,7 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
     before, after = read_info(find_bundle("mini")), read_info(tmp_path / "moved")
     assert after.window == replace(before.window, turns=3, stride=2)
     assert after.temperatures.keys() == before.temperatures.keys()
-    assert list(after.quality) == ["meld, labelled_chat_valid"]
+    assert [quality.title for quality in after.quality] == ["meld, labelled_chat_valid"]
     assert list(after.calibration) == ["meld"]
     other = tmp_path / "other.jsonl"
     other.write_text('{"utterances": [{"text": "oh", "label": "sleepy"}]}\n')

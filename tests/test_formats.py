@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, cli
 
-from ercbatch.bundle.manifest import FORMAT, read_info
+from ercbatch.bundle.bundle import read_info
+from ercbatch.bundle.manifest import FORMAT
 
 FROZEN = Path(__file__).resolve().parent / "bundles"
 OLD = [folder.name for folder in sorted(FROZEN.iterdir()) if folder.is_dir()]

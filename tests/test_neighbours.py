@@ -66,7 +66,7 @@ def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) ->
     """In longer ones a sum runs in another order, which moves int8 activations by whole steps."""
     folder = shutil.copytree(bundle_folder, tmp_path / "long")
     describe(folder, lambda value: value.update(pack_tokens=4096))
-    assert Labeler(str(folder)).engine.pack_tokens == LONGEST_PACK
+    assert Labeler(str(folder)).engine.longest_pack == LONGEST_PACK
 
 
 def test_what_differs_is_counted() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ercbatch.scoring.scorer import calibrated
 from export.proof.calibration import (
-    Limits,
     Scaling,
     calibrate,
-    compare,
     fit_label_shift,
     fit_temperature,
-    losses,
     recommend,
 )
+from export.proof.losses import Limits, compare, losses
+from export.proof.measure import Measurement
 from train.validate import Predictions
 
 LABELS = 5
@@ -57,17 +58,17 @@ def test_label_shift_finds_how_common_labels_are() -> None:
 
 
 def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
-    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).figures
-    assert found["utterances"] == 3000
-    assert found["temperature"] == pytest.approx(2.0, rel=0.1)
-    assert found["error_before"] > 0.1
+    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).metrics
+    assert found.utterances == 3000
+    assert found.temperature == pytest.approx(2.0, rel=0.1)
+    assert found.error_before > 0.1
     # True probabilities have an error too: that of chance.
-    assert 0.01 < found["error_if_perfect"] < 0.03
-    assert found["error_after"] < found["error_if_perfect"] + 0.015
-    risks = [point["risk"] for point in found["coverage"]]
-    assert found["coverage"][0]["coverage"] == 1.0
+    assert 0.01 < found.error_if_perfect < 0.03
+    assert found.error_after < found.error_if_perfect + 0.015
+    risks = [point.risk for point in found.coverage]
+    assert found.coverage[0].coverage == 1.0
     assert risks[-1] < risks[0]
-    assert [r["precision"] for r in found["recommended"]] == [0.8, 0.9, 0.95]
+    assert [r.precision for r in found.recommended] == [0.8, 0.9, 0.95]
 
 
 def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
@@ -79,16 +80,16 @@ def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
 
 
 def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
-    found = [calibrate([drawn(60, 1.0, seed)]).figures for seed in range(12)]
-    left = [f for f in found if f["temperature"] == 1.0]
+    found = [calibrate([drawn(60, 1.0, seed)]).metrics for seed in range(12)]
+    left = [f for f in found if f.temperature == 1.0]
     assert 0 < len(left) < 12
-    assert all(f["error_after"] == f["error_before"] for f in left)
+    assert all(f.error_after == f.error_before for f in left)
 
 
 def test_a_single_dialogue_is_not_calibrated_by_itself() -> None:
     one = drawn(10, 3.0)
-    found = calibrate([one]).figures
-    assert found["error_after"] == found["error_before"]
+    found = calibrate([one]).metrics
+    assert found.error_after == found.error_before
 
 
 def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
@@ -106,17 +107,16 @@ def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
 
 
 def test_what_falls_short_is_named() -> None:
-    original = drawn(1000, 1.0)
-    same = compare(original, original, 2.0)
-    assert same["agreement"] == 1.0
-    assert same["largest_difference"] == 0.0
-    assert same["speed_ratio"] == 2.0
-    assert losses("meld", same, Limits()) == []
-    worse = original.probabilities.copy()
+    original = Measurement("meld", "chats", drawn(1000, 1.0), 2.0)
+    same = compare(replace(original, seconds=1.0), original)
+    assert (same.agreement, same.largest_difference, same.speed_ratio) == (1.0, 0.0, 2.0)
+    assert losses(same, Limits()) == []
+    worse = original.predictions.probabilities.copy()
     worse[:100] = np.roll(worse[:100], 1, axis=1)
-    found = compare(Predictions(original.gold, worse, original.dialogue), original, 1.0)
-    assert found["agreement"] == 0.9
-    lost, different = losses("meld", found, Limits())
-    assert lost.startswith("meld: weighted F1 ")
+    predictions = replace(original.predictions, probabilities=worse)
+    found = compare(replace(original, predictions=predictions), original)
+    assert found.agreement == 0.9
+    lost, different = losses(found, Limits())
+    assert lost.startswith("meld, chats: weighted F1 ")
     assert "90.0% of the labels are the original's (at least 97% must be)" in different
-    assert losses("meld", found, Limits(f1=1.0, agreement=0.9)) == []
+    assert losses(found, Limits(f1=1.0, agreement=0.9)) == []

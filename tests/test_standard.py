@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import Bundle, BundleInfo, open_bundle, write_bundle
+from ercbatch.bundle.bundle import Bundle, open_bundle, write_bundle
+from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.prompts.packs import Pack, join

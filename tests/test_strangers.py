@@ -17,7 +17,7 @@ from conftest import EXAMPLES, cli, describe, sign
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import find_bundle, open_bundle, read_info
+from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labeler import labels_a_word
 
@@ -58,7 +58,7 @@ def put(*path: str | int, value: Any) -> Callable[[Json], None]:
         *((("label_sets", 0, "labels", 0), v) for v in ("\x1b]0;x", "\ud800", "")),
         (("label_sets", 0, "labels"), [f"label{n}" for n in range(1001)]),
         (("label_sets", 0, "aliases"), {f"alias{n}": "joy" for n in range(60_000)}),
-        *((("quality",), v) for v in ([], None, {"meld": 3}, {"meld": {"f1": "high"}})),
+        *((("quality",), v) for v in ([3], None, {"meld": 3}, {"meld": {"accuracy": "high"}})),
         *((("calibration",), v) for v in ([], {"meld": {}}, {"meld": []})),
         (("data",), "abc"),
         (("label_sets",), []),

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer
 
-from ercbatch.bundle.manifest import encoder_files
+from ercbatch.bundle.bundle import encoder_files
 from ercbatch.errors import InputError, UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.retrieval.encoder import SentenceEncoder

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import encoder_files
+from ercbatch.bundle.bundle import encoder_files
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.prompts.tree import Window

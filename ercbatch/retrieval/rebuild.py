@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ercbatch.bundle.bundle import find_bundle, open_bundle, write_bundle
 from ercbatch.bundle.folders import check_output
-from ercbatch.bundle.manifest import (
-    CARD,
-    CARD_JSON,
-    MANIFEST,
-    BundleInfo,
-    find_bundle,
-    open_bundle,
-    write_bundle,
-)
+from ercbatch.bundle.manifest import CARD, CARD_JSON, MANIFEST, BundleInfo
 from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
 from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.onnx_scorer import available_threads
@@ -50,7 +42,7 @@ def rebuild_with_examples(
         bundle.info,
         label_sets=(labels, *(s for s in bundle.info.label_sets if s != labels)),
         demonstrations=demonstrations,
-        quality={},
+        quality=(),
         calibration={},
         data=(*bundle.info.data, f"demonstrations: {len(found):,} examples of {examples.name}"),
     )
@@ -72,18 +64,14 @@ _NOISE = 0.01
 
 def _doubt(info: BundleInfo, label_set: str) -> str | None:
     """What the bundle's own figures say against demonstrations, which not every model can use."""
-    for name, figures in info.quality.items():
-        if not name.startswith(f"{label_set},") or not isinstance(figures, Mapping):
-            continue
-        plain, shown = (
-            figures.get(key) for key in ("weighted_f1", "weighted_f1_with_demonstrations")
-        )
-        if not isinstance(plain, float) or not isinstance(shown, float):
+    for quality in info.quality:
+        plain, shown = quality.weighted_f1, quality.weighted_f1_with_demonstrations
+        if quality.label_set != label_set or plain is None or shown is None:
             continue
         if shown > plain - _NOISE:
             return None
         return (
-            f"demonstrations made the labels of bundle {info.name} worse on its {name} "
+            f"demonstrations made the labels of bundle {info.name} worse on its {quality.title} "
             f"(weighted F1 {shown:.1%}, {plain:.1%} without)"
         )
     return f"what demonstrations do to the labels of bundle {info.name} has not been measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import Bundle, odd_files
+from ercbatch.bundle.bundle import Bundle, odd_files
 from ercbatch.errors import BundleError
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.bank import DemonstrationBank

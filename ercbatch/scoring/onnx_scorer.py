@@ -140,6 +140,7 @@ class OnnxScorer(StateScorer):
     """
 
     packages = ("onnxruntime",)
+    longest_pack = LONGEST_PACK
 
     def __init__(
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()

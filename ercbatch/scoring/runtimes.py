@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.manifest import RUNTIMES, Bundle
+from ercbatch.bundle.bundle import Bundle
+from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.scoring.onnx_scorer import OnnxScorer, check_full_range

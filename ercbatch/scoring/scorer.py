@@ -22,6 +22,8 @@ class Scorer(ABC):
     head: AnswerHead
     at_once: int = 1
     """How many packs it scores best at a time, each in a thread."""
+    longest_pack: ClassVar[int | None] = None
+    """Most tokens of a pack that holds several trees; None if there is no limit."""
     placed: Mapping[str, str | int]
     """Where a pack is computed, as far as its numbers depend on it: threads, and a GPU."""
 

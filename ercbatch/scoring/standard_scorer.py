@@ -17,7 +17,7 @@ from ercbatch.errors import BundleError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
 from ercbatch.prompts.tree import IntArray
-from ercbatch.scoring.onnx_scorer import open_session, run_session
+from ercbatch.scoring.onnx_scorer import LONGEST_PACK, open_session, run_session
 from ercbatch.scoring.scorer import Scorer
 
 BATCH_TOKENS = 512
@@ -41,6 +41,7 @@ class StandardScorer(Scorer):
     """
 
     packages = ("onnxruntime",)
+    longest_pack = LONGEST_PACK
 
     def __init__(
         self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ercbatch.bundle.manifest import BundleInfo
+from ercbatch.bundle.metrics import Calibration, Quality, Recommendation
 from ercbatch.terminal.streams import printable
 
-FIGURES: Mapping[str, tuple[str, str]] = {
+METRICS: Mapping[str, tuple[str, str]] = {
     "utterances": ("utterances with a gold label", "{:,}"),
     "weighted_f1": ("weighted F1: the labels' F1, weighted by how often each occurs", "{:.2%}"),
     "macro_f1": ("macro F1: the plain mean of the labels' F1", "{:.2%}"),
@@ -24,12 +24,12 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "largest_difference": ("largest difference of a probability from that model's", "{:.4f}"),
     "speed_ratio": ("times as fast as that model in torch, where it was exported", "{:.2f}"),
 }
-"""Figure of `BundleInfo.quality` -> what it is, and its format."""
+"""Metric of `Quality` -> what it is, and its format."""
 
 
-def figure(name: str, value: Any) -> str:
-    """A figure's value for people."""
-    return FIGURES[name][1].format(value) if name in FIGURES else str(value)
+def shown_metric(name: str, value: float) -> str:
+    """The value of a metric for people."""
+    return METRICS[name][1].format(value)
 
 
 def describe(folder: Path, info: BundleInfo) -> str:
@@ -53,35 +53,37 @@ def describe(folder: Path, info: BundleInfo) -> str:
         ("licence", info.licence),
         *(("accepted loss", loss) for loss in info.accepted_loss),
         *(("confidence", f"{name}: {_trust(found)}") for name, found in info.calibration.items()),
-        *(("measured", f"{name}: {_measured(found)}") for name, found in info.quality.items()),
+        *(("measured", f"{quality.title}: {_measured(quality)}") for quality in info.quality),
         *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
     ]
     return "\n".join(f"{name + ':':16}{printable(value)}" for name, value in rows)
 
 
-def _trust(found: Mapping[str, Any]) -> str:
-    """Which least confidences a label set's calibration recommends."""
-    return "; ".join(_recommended(found))
+def _trust(found: Calibration) -> str:
+    """The lowest confidences that a label set's calibration recommends."""
+    return "; ".join(map(_recommended, found.recommended))
 
 
-def _recommended(found: Mapping[str, Any]) -> Iterator[str]:
-    for wanted in found["recommended"]:
-        precision, least = f"{wanted['precision']:.0%} right", wanted["min_confidence"]
-        if least is None:
-            yield f"{precision}: not reached"
-        elif least == 0:
-            yield f"{precision}: by all answers"
-        else:
-            yield f"{precision}: --min-confidence {least:.2f} answers {wanted['coverage']:.0%}"
+def _recommended(wanted: Recommendation) -> str:
+    precision = f"{wanted.precision:.0%} right"
+    if wanted.min_confidence is None:
+        return f"{precision}: not reached"
+    if wanted.min_confidence == 0:
+        return f"{precision}: by all answers"
+    least = f"--min-confidence {wanted.min_confidence:.2f}"
+    return f"{precision}: {least} answers {wanted.coverage:.0%}"
 
 
-def _measured(figures: Mapping[str, Any]) -> str:
+def _measured(quality: Quality) -> str:
     short = {
         "utterances": "{} utterances",
         "weighted_f1": "weighted F1 {}",
         "macro_f1": "macro F1 {}",
         "agreement": "{} labelled as by the model that was trained",
     }
+    metrics = quality.metrics()
     return ", ".join(
-        text.format(figure(name, figures[name])) for name, text in short.items() if name in figures
+        text.format(shown_metric(name, metrics[name]))
+        for name, text in short.items()
+        if name in metrics
     )

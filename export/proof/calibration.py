@@ -1,16 +1,16 @@
-"""What a bundle is worth: held against the model that it was made from, and calibrated."""
+"""Calibration: temperatures and label offsets, and how far confidences can be trusted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
+from ercbatch.bundle.metrics import Calibration, Recommendation
 from ercbatch.evaluate import coverage_points, expected_calibration_error
 from ercbatch.scoring.scorer import calibrated
 from train.validate import Predictions
@@ -26,71 +26,6 @@ PRECISIONS = (0.8, 0.9, 0.95)
 """For which a least confidence is recommended."""
 _FEWEST = 30
 """Utterances above a least confidence, at least, for its precision to be told."""
-
-UNMEASURED = "no validation data: nothing is measured"
-UNCOMPARED = "it was never compared with the model that it was made from"
-"""Accepted losses of a bundle without validation data: at its export, and once it is measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a bundle may lose: `f1` of weighted F1, and `agreement` with the original at least."""
-
-    f1: float = 0.005
-    agreement: float = 0.97
-
-
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """Which `--min-confidence` gives answers of this precision: how many utterances it `answered`,
-    a share `coverage` of all, and how many of the answers were `right`. None and zeros where no
-    confidence reaches that, or for too few utterances to tell."""
-
-    precision: float
-    min_confidence: float | None = None
-    coverage: float | None = None
-    answered: int = 0
-    right: int = 0
-
-
-def compare(found: Predictions, original: Predictions, speed: float) -> dict[str, float]:
-    """Figures of a bundle on validation data beside those of the model that it was made from.
-
-    `speed` is how many times the original's the bundle's is.
-    """
-    figures: dict[str, float] = {"utterances": len(found.gold), **found.figures()}
-    before = original.figures()
-    same = found.probabilities.argmax(1) == original.probabilities.argmax(1)
-    figures |= {
-        "weighted_f1_original": before["weighted_f1"],
-        "macro_f1_original": before["macro_f1"],
-        "agreement": float(same.mean()),
-        "largest_difference": float(np.abs(found.probabilities - original.probabilities).max()),
-        "speed_ratio": speed,
-    }
-    return rounded(figures)
-
-
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """Figures as they are written: to four places."""
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
-def losses(name: str, figures: dict[str, float], limits: Limits) -> list[str]:
-    """In what a bundle falls short of the original, by more than the limits allow."""
-    found = []
-    lost = figures["weighted_f1_original"] - figures["weighted_f1"]
-    if lost > limits.f1:
-        found.append(
-            f"{name}: weighted F1 {figures['weighted_f1']:.2%}, the original's is "
-            f"{figures['weighted_f1_original']:.2%} (at most {100 * limits.f1:.1f} points may go)"
-        )
-    if figures["agreement"] < limits.agreement:
-        found.append(
-            f"{name}: {figures['agreement']:.1%} of the labels are the original's (at least "
-            f"{limits.agreement:.0%} must be)"
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +46,8 @@ class Calibrated:
 
     scaling: Scaling
     """Fitted on all of it: what the bundle gets."""
-    figures: dict[str, Any]
-    """As `bundle.json` and the card have them."""
+    metrics: Calibration
+    """For `bundle.json` and the card."""
     predictions: list[Predictions]
     """The datasets', each scaled by what was fitted on other dialogues."""
 
@@ -127,16 +62,6 @@ def calibrate_sets(
     return {
         labels: calibrate(several, label_shift=label_shift) for labels, several in alike.items()
     }
-
-
-def temperatures(calibration: Mapping[str, Calibrated]) -> dict[str, float]:
-    """Label set -> its temperature."""
-    return {labels: found.scaling.temperature for labels, found in calibration.items()}
-
-
-def calibration_figures(calibration: Mapping[str, Calibrated]) -> dict[str, dict[str, Any]]:
-    """Label set -> its figures."""
-    return {labels: found.figures for labels, found in calibration.items()}
 
 
 def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) -> Calibrated:
@@ -166,17 +91,15 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
     ends = np.cumsum([len(p.gold) for p in predictions])[:-1]
     return Calibrated(
         scaling,
-        {
-            "utterances": len(gold),
-            "temperature": scaling.temperature,
-            "error_before": _error(plain, gold),
-            "error_after": _error(after, gold),
-            "error_if_perfect": _perfect_error(after),
-            "coverage": [asdict(p) for p in coverage_points(after.max(1), right)],
-            "recommended": [
-                asdict(recommend(after.max(1), right, precision)) for precision in PRECISIONS
-            ],
-        },
+        Calibration(
+            utterances=len(gold),
+            temperature=scaling.temperature,
+            error_before=_error(plain, gold),
+            error_after=_error(after, gold),
+            error_if_perfect=_perfect_error(after),
+            coverage=coverage_points(after.max(1), right),
+            recommended=tuple(recommend(after.max(1), right, p) for p in PRECISIONS),
+        ),
         [
             replace(p, probabilities=part)
             for p, part in zip(predictions, np.split(after, ends), strict=True)

@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo
-from ercbatch.terminal.show import FIGURES, figure
+from ercbatch.bundle.metrics import Calibration, Recommendation
+from ercbatch.terminal.show import METRICS, shown_metric
 
 _METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "weighted_f1": ("f1", {"average": "weighted"}),
@@ -41,17 +42,17 @@ def card_data(info: BundleInfo) -> ModelCardData:
         EvalResult(
             task_type="text-classification",
             task_name="Emotion recognition in conversation",
-            dataset_type=dataset.partition(", ")[0],
-            dataset_name=dataset,
-            dataset_config=dataset.partition(", ")[2],  # tells two of one label set apart
+            dataset_type=quality.label_set,
+            dataset_name=quality.title,
+            dataset_config=quality.dataset,  # tells two of one label set apart
             metric_type=metric,
             metric_name=name.replace("_", " "),
-            metric_value=figures[name],
+            metric_value=round(quality.metrics()[name], 4),
             metric_args=dict(arguments) or None,
         )
-        for dataset, figures in info.quality.items()
+        for quality in info.quality
         for name, (metric, arguments) in _METRICS.items()
-        if name in figures
+        if name in quality.metrics()
     ]
     licence = "-".join(info.licence.partition(" (")[0].lower().split())  # after it: explanations
     known = licence in _LICENCES
@@ -98,10 +99,10 @@ def card(info: BundleInfo) -> str:
     rows += ["", "## Measured with this bundle", ""]
     if not info.quality:
         rows += ["Nothing: there was no validation data. Confidences are not calibrated.", ""]
-    for name, figures in info.quality.items():
-        rows += [f"### {name}", ""]
-        told = [[FIGURES.get(k, (k,))[0], figure(k, v)] for k, v in figures.items()]
-        rows += _table(["figure", "value"], told)
+    for quality in info.quality:
+        rows += [f"### {quality.title}", ""]
+        metrics = [[METRICS[k][0], shown_metric(k, v)] for k, v in quality.metrics().items()]
+        rows += _table(["figure", "value"], metrics)
     rows += [_ELSEWHERE, ""]
     for name, offsets in info.label_offsets.items():
         shifts = ", ".join(f"{label} {offset:+.2f}" for label, offset in offsets.items())
@@ -111,12 +112,12 @@ def card(info: BundleInfo) -> str:
     return "\n".join(rows).rstrip() + "\n"
 
 
-def _calibration(found: dict[str, Any]) -> list[str]:
+def _calibration(found: Calibration) -> list[str]:
     rows = [
-        f"On {found['utterances']:,} utterances, the calibration error (how far confidences are "
-        f"from the share of right answers, in the mean over 15 bins) is {found['error_after']}. It "
-        f"is {found['error_before']} without the temperature of {found['temperature']}; chance "
-        f"alone gives {found['error_if_perfect']} on as many utterances, were every confidence "
+        f"On {found.utterances:,} utterances, the calibration error (how far confidences are "
+        f"from the share of right answers, in the mean over 15 bins) is {found.error_after}. It "
+        f"is {found.error_before} without the temperature of {found.temperature}; chance "
+        f"alone gives {found.error_if_perfect} on as many utterances, were every confidence "
         "true. Each utterance was judged by a temperature fitted on other dialogues.",
         "",
         "Take the share of right answers that you need, and give `ercbatch label` the confidence "
@@ -125,19 +126,16 @@ def _calibration(found: dict[str, Any]) -> list[str]:
         "",
     ]
     head = ["answers right", "`--min-confidence`", "utterances answered", "right here"]
-    rows += _table(head, [[f"{r['precision']:.0%}", *_answer(r)] for r in found["recommended"]])
-    points = [
-        [f"{p['coverage']:.0%}", f"{p['risk']:.1%}", f"{p['confidence']:.2f}"]
-        for p in found["coverage"]
-    ]
+    rows += _table(head, [[f"{r.precision:.0%}", *_answer(r)] for r in found.recommended])
+    points = [[f"{p.coverage:.0%}", f"{p.risk:.1%}", f"{p.confidence:.2f}"] for p in found.coverage]
     return rows + _table(["answering the surest", "errs in", "from a confidence of"], points)
 
 
-def _answer(found: dict[str, Any]) -> list[str]:
-    if found["min_confidence"] is None:
+def _answer(found: Recommendation) -> list[str]:
+    if found.min_confidence is None:
         return ["not reached", "–", "–"]
-    right = f"{found['right']:,} of {found['answered']:,}" if found.get("answered") else "–"
-    return [f"{found['min_confidence']:.2f}", f"{found['coverage']:.0%}", right]
+    right = f"{found.right:,} of {found.answered:,}" if found.answered else "–"
+    return [f"{found.min_confidence:.2f}", f"{found.coverage:.0%}", right]
 
 
 def _table(head: list[str], body: list[list[Any]]) -> list[str]:

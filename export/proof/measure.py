@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,9 +61,8 @@ class Questions:
                     f"{dataset.source.path}: the run has not learnt the labels of "
                     f"{dataset.labels.name}: a bundle is measured on labels that it has"
                 )
-        self.held_out: dict[str, Dataset] = dict(
-            zip(measured_names(held_out), held_out, strict=True)
-        )
+        self.held_out = tuple(zip(file_names(held_out), held_out, strict=True))
+        """(name, dataset) of the validation data."""
 
     def engine(self, scorer: Scorer, dataset: Dataset) -> Engine:
         """What answers a dataset's questions, uncalibrated."""
@@ -84,43 +83,38 @@ class Questions:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What a scorer says of each dataset, and how long it took, in seconds."""
+class Measurement:
+    """Predictions of a scorer on one dataset, and the seconds that they took."""
 
-    predictions: dict[str, Predictions]
-    seconds: dict[str, float]
+    label_set: str
+    dataset: str
+    predictions: Predictions
+    seconds: float
 
 
-def measure(questions: Questions, scorer: Scorer, say: Say) -> Measured:
-    """What a scorer says of all validation data.
+def measure(questions: Questions, scorer: Scorer, say: Say) -> list[Measurement]:
+    """Predict all validation data.
 
     Raises:
-        LossError: it answers with what is no number.
+        LossError: an answer is not a number.
     """
-    measured = Measured({}, {})
-    for name, dataset in questions.held_out.items():
+    measured = []
+    for name, dataset in questions.held_out:
         say(f"answering {name}: {len(dataset.scenes):,} dialogues")
         predict(questions.engine(scorer, dataset), replace(dataset, scenes=dataset.scenes[:_WARM]))
         began = time.perf_counter()
         found = predict(questions.engine(scorer, dataset), dataset)
-        measured.seconds[name] = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         if not np.isfinite(found.probabilities).all():
             raise LossError(
                 f"{name}: the answers of {scorer.describe()} are no numbers: its weights are too "
                 "large for this form, or broken: choose another --quantize, or train again"
             )
-        measured.predictions[name] = found
+        measured.append(Measurement(dataset.labels.name, name, found, seconds))
     return measured
 
 
-def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> dict[str, float]:
-    """What an engine's weighted F1 is where questions show demonstrations."""
+def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> float:
+    """Weighted F1 of an engine whose questions show demonstrations."""
     showing = replace(engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN)
-    found = predict(showing, dataset).figures()["weighted_f1"]
-    return {"weighted_f1_with_demonstrations": round(found, 4)}
-
-
-def measured_names(datasets: Sequence[Dataset]) -> list[str]:
-    """What figures of datasets are called: by label set and file."""
-    names = file_names(datasets)
-    return [f"{d.labels.name}, {name}" for d, name in zip(datasets, names, strict=True)]
+    return predict(showing, dataset).figures()["weighted_f1"]
