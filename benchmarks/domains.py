@@ -101,7 +101,7 @@ def gold_utterances(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]
         (u.text, dataset.labels.index(u.label))
         for scene in dataset.scenes
         for u in scene.dialogue.utterances
-        if u.label is not None and u.text.strip()
+        if u.label is not None and not u.blank
     ]
     return [text for text, _ in found], np.array([label for _, label in found])
 

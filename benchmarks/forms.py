@@ -220,7 +220,7 @@ def label(trial: Trial, forms: Sequence[str], failed: dict[str, str]) -> dict[st
             except RuntimeError as error:
                 failed[form] = str(error)
                 del opened[form]
-    count = sum(bool(u.text.strip()) for d in _read(trial) for u in d.utterances)
+    count = sum(len(d.said) for d in _read(trial))
     found: dict[str, dict[str, Any]] = {}
     for form, labelling in opened.items():
         labelling.close()

@@ -23,13 +23,10 @@ import onnxruntime
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.bundle.onnx_file import check_onnx
-from ercbatch.dialogues import Dialogue
-from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.prompts.packs import Pack, pack
-from ercbatch.prompts.tree import Question, Task
+from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.onnx_scorer import feed, session_options, tiles_of
 from ercbatch.terminal.stopping import errors
 
@@ -88,26 +85,6 @@ class Profile:
                 for name, o in self.operators.items()
             },
         }
-
-
-def asked(engine: Engine, dialogue: Dialogue) -> list[Question]:
-    """The questions that labelling asks, with the demonstrations that it shows."""
-    turns = [t for t, u in enumerate(dialogue.utterances) if u.text.strip()]
-    shown: list[tuple[tuple[str, str], ...]] = [()] * len(turns)
-    if engine.retriever is not None and turns:
-        texts = [dialogue.utterances[t].text for t in turns]
-        shown = engine.retriever.demonstrations(texts, engine.demonstrations)
-    return [Question(Task.EMOTION, t, few) for t, few in zip(turns, shown, strict=True)]
-
-
-def packs(engine: Engine, dialogues: Sequence[Dialogue]) -> list[Pack]:
-    """The packs that an engine makes of dialogues."""
-    trees = (
-        (number, tree)
-        for number, dialogue in enumerate(dialogues)
-        for tree in engine.renderer.trees(dialogue, asked(engine, dialogue))
-    )
-    return list(pack(trees, engine.longest_pack, len(engine.renderer.head)))
 
 
 def graph_file(name: str) -> Path:
@@ -222,14 +199,14 @@ def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> No
     with errors():
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
         engine = Labeler(graphs[0], demonstrations=0).engine
-        given = packs(engine, dialogues)
+        given = list(engine.packs(dialogues))
         if not given:
             raise UsageError(f"{source}: has nothing to label")
         found = measure({name: graph_file(name) for name in graphs}, given, threads, rounds)
     for line in show(found):
         click.echo(line)
     result = {
-        "utterances": sum(len(asked(engine, dialogue)) for dialogue in dialogues),
+        "utterances": sum(len(dialogue.said) for dialogue in dialogues),
         "packs": len(given),
         "tokens": sum(len(one) for one in given),
         "threads": threads,

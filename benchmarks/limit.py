@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.graph import graph_file, measure, packs
+from benchmarks.graph import graph_file, measure
 from benchmarks.packed import prompts
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
@@ -224,7 +224,7 @@ def hold_against_limit(bundle: str, source: Path, threads: int, rounds: int) -> 
     labeler = Labeler(bundle, threads=threads)
     engine = labeler.engine
     dialogues = [dialogue for _, dialogue in read_dialogues(source)]
-    given = packs(engine, dialogues)
+    given = list(engine.packs(dialogues))
     if not given:
         raise UsageError(f"{source}: has nothing to label")
     needed = work(ids for dialogue in dialogues for _, ids in prompts(engine, dialogue))

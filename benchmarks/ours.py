@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.graph import packs
 from benchmarks.limit import open_peak
 from benchmarks.packed import separate
 from benchmarks.peers.engine import Engine, Order, serve
@@ -41,7 +40,7 @@ class Ours(Engine):
         if self._packed and request["limit"]:
             try:
                 peak = open_peak(
-                    self._labeler, packs(self._labeler.engine, dialogues), self._threads
+                    self._labeler, list(self._labeler.engine.packs(dialogues)), self._threads
                 )
             except UsageError:  # a form without a limit
                 return answer

@@ -17,7 +17,6 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.graph import asked, packs
 from ercbatch.dialogues import Dialogue
 from ercbatch.engine import Engine, in_order
 from ercbatch.errors import UsageError
@@ -36,7 +35,7 @@ def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
         for entry in labeler.engine.run(enumerate(dialogues))
         for t, row in entry.rows.items()
     }
-    return found, sum(map(len, packs(labeler.engine, dialogues)))
+    return found, sum(map(len, labeler.engine.packs(dialogues)))
 
 
 def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
@@ -66,7 +65,7 @@ def prompts(engine: Engine, dialogue: Dialogue) -> Iterator[tuple[Question, list
     """
     if len(engine.renderer.trie.choices) > 1:
         raise UsageError("labels begin with the same token here: choose another label set")
-    questions = asked(engine, dialogue)
+    questions = engine.questions(dialogue)
     for question, start in engine.renderer.starts(dialogue, questions).items():
         yield question, engine.renderer.separate_prompt(dialogue, question, start=start)
 

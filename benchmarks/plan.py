@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import invented
-from benchmarks.graph import packs
 from benchmarks.limit import Work, work
 from benchmarks.packed import prompts
 from ercbatch.dialogues import Dialogue, parse_dialogue
@@ -72,7 +71,7 @@ def _round(engine: Engine, asked: Sequence[tuple[Dialogue, list[list[int]]]]) ->
         _request(engine, dialogues, [every for _, every in asked], limit=True),
         len(given),
         work(given),
-        sum(len(one) for one in packs(engine, dialogues)),
+        sum(len(one) for one in engine.packs(dialogues)),
         sum(map(len, given)),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ercbatch.digests import file_sha256
 from ercbatch.engine import RETRIEVED_TOGETHER
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, Vectors
 
@@ -139,8 +139,7 @@ def open_bank(
         digests, size = {}, 0
         for path in folder.iterdir():
             size += path.stat().st_size
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.name] = file_sha256(path)
         began = time.perf_counter()
         bank = DemonstrationBank.load(folder, digests)
         load = time.perf_counter() - began

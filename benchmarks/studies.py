@@ -21,11 +21,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError
 from ercbatch.terminal.stopping import errors
 from train.fit import FitOptions, fit_recipe
 from train.recipe import Recipe, Source, distinct_names, read_recipe
-from train.run import DESCRIPTION, digest
+from train.run import DESCRIPTION
 
 Variants = Mapping[str, Recipe]
 
@@ -194,7 +195,7 @@ def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, A
     if described["recipe"] != json.loads(json.dumps(recipe.to_json())):
         raise UsageError(f"{run} was trained by another recipe: choose another folder")
     for path, before in {**described["data"], **described.get("files", {})}.items():
-        if not Path(path).exists() or digest(path) != before:
+        if not Path(path).exists() or file_sha256(path) != before:
             raise UsageError(f"{path} is not what {run} was trained on: choose another folder")
     return described
 

@@ -17,15 +17,35 @@ class Utterance:
     speaker: str = ""
     label: str | None = None
 
+    @property
+    def blank(self) -> bool:
+        """Whether the text is empty: then the utterance gets no label."""
+        return not self.text.strip()
+
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Utterances in order; `record` is the parsed input record, carried through to the output, and
-    `size` the bytes of the line that it was read from."""
+    """Utterances in order.
+
+    Attributes:
+        record: the parsed input record, which is carried through to the output.
+        size: bytes of the line that it was read from.
+    """
 
     utterances: tuple[Utterance, ...]
     record: Mapping[str, Any] = field(compare=False, repr=False, default_factory=dict)
     size: int = field(compare=False, repr=False, default=0)
+
+    @property
+    def said(self) -> list[int]:
+        """Indices of the utterances that are not blank."""
+        return [t for t, u in enumerate(self.utterances) if not u.blank]
+
+    @property
+    def turns(self) -> list[Mapping[str, Any]]:
+        """The utterances of the record, as they were read."""
+        turns: list[Mapping[str, Any]] = self.record[turns_key(self.record)]
+        return turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +80,7 @@ class LabeledDialogue:
                 turn: dict[str, Any] = {"speaker": u.speaker, "text": u.text}
                 turns.append(turn if u.label is None else {**turn, "label": u.label})
             record = {"utterances": turns}
-        key = "utterances" if "utterances" in record else "messages"
+        key = turns_key(record)
         record[key] = [
             {
                 **{name: own for name, own in turn.items() if name != "scores"},
@@ -71,6 +91,11 @@ class LabeledDialogue:
             for turn, label in zip(record[key], self.labels, strict=True)
         ]
         return record
+
+
+def turns_key(record: Mapping[str, Any]) -> str:
+    """The key of a record under which its utterances are."""
+    return "utterances" if "utterances" in record else "messages"
 
 
 def dialogue_from(value: Dialogue | Mapping[str, Any]) -> Dialogue:
@@ -86,10 +111,8 @@ def parse_dialogue(value: object) -> Dialogue:
     """
     if not isinstance(value, Mapping):
         raise RecordError("not_object", "the line is not a JSON object")
-    if "utterances" in value:
-        key, speaker_key, text_key = "utterances", "speaker", "text"
-    else:
-        key, speaker_key, text_key = "messages", "role", "content"
+    key = turns_key(value)
+    speaker_key, text_key = ("speaker", "text") if key == "utterances" else ("role", "content")
     turns = value.get(key)
     if not isinstance(turns, list) or not turns:
         raise RecordError(

@@ -184,6 +184,17 @@ class Engine:
             while waiting and not waiting[first := next(iter(waiting))].unanswered:
                 yield waiting.pop(first)
 
+    def questions(self, dialogue: Dialogue) -> list[Question]:
+        """The questions that labelling asks about a dialogue, with their demonstrations."""
+        ((_, questions),) = self._questions(_entries([(None, dialogue)]))
+        return questions
+
+    def packs(self, dialogues: Iterable[Dialogue]) -> Iterator[Pack]:
+        """The packs that labelling makes of dialogues."""
+        for step in self._steps(((None, dialogue) for dialogue in dialogues), 0):
+            if step.pack is not None:
+                yield step.pack
+
     def _answered(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
         if step.pack is None:
             return step.begun, []
@@ -220,8 +231,7 @@ class Engine:
         entries of a chunk at once."""
         group: list[tuple[Entry[T], list[int]]] = []
         for entry in entries:
-            turns = entry.dialogue.utterances if entry.dialogue is not None else ()
-            group.append((entry, [t for t, u in enumerate(turns) if u.text.strip()]))
+            group.append((entry, entry.dialogue.said if entry.dialogue is not None else []))
             size = sum(len(asked) for _, asked in group)
             if self.retriever is None or entry.ends_chunk or size >= RETRIEVED_TOGETHER:
                 yield from self._with_demonstrations(group)

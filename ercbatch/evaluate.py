@@ -102,17 +102,16 @@ def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
     """
     for number, record in enumerate(records, start=1):
         try:
-            utterances = parse_dialogue(record).utterances
+            dialogue = parse_dialogue(record)
         except RecordError as error:
             raise InputError(f"dialogue {number}: {error.reason}: mend or remove it") from error
-        turns = record["utterances" if "utterances" in record else "messages"]
-        for utterance, turn in zip(utterances, turns, strict=True):
+        for utterance, turn in zip(dialogue.utterances, dialogue.turns, strict=True):
             emotion, confidence = turn.get("emotion", 0), turn.get("confidence")
             if emotion is not None and not isinstance(emotion, str):
                 raise InputError(
                     f"dialogue {number}: an utterance has no `emotion`: run `ercbatch label` first"
                 )
-            if not utterance.text.strip() or not (utterance.label or "").strip():
+            if utterance.blank or not (utterance.label or "").strip():
                 yield None
             elif isinstance(confidence, int | float) and 0 <= confidence <= 1:
                 yield Judged(utterance.label or "", emotion, float(confidence))

@@ -30,9 +30,8 @@ from ercbatch.prompts.tree import Question, Task
 from ercbatch.scoring.onnx_scorer import OnnxScorer
 from ercbatch.scoring.packed_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
 from ercbatch.scoring.torch_scorer import TorchScorer
-from export.graph.nodes import TRANSPOSED
+from export.graph.nodes import TRANSPOSED, Array
 from export.quantize.int8 import stored_weights
-from export.quantize.rounding import Array
 
 _CLOSE = 0.99
 """Least cosine of the states that graph and checkpoint give: rounding moves them a little."""

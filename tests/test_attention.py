@@ -13,7 +13,6 @@ import torch
 from conftest import ARCHITECTURES, CHAT, write_model
 from onnx import NodeProto, TensorProto, helper
 
-from benchmarks.graph import packs
 from benchmarks.packed import packed as label_packed
 from benchmarks.packed import separate
 from ercbatch import Labeler
@@ -51,7 +50,7 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> N
 def test_an_answer_read_alone_is_the_same_to_the_last_bit() -> None:
     """A product of one row has a kernel of its own, which adds up in another order."""
     engine = Labeler("mini", demonstrations=0).engine
-    given = packs(engine, [dialogue for _, dialogue in read_dialogues(CHAT)])
+    given = list(engine.packs(dialogue for _, dialogue in read_dialogues(CHAT)))
     for pack in given:
         together = engine.scorer.states(pack)
         for read, state in zip(pack.reads, together, strict=True):

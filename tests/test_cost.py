@@ -8,7 +8,7 @@ import onnx
 from conftest import CHAT, write_model
 from onnx import ModelProto
 
-from benchmarks.graph import PRODUCTS, asked, packs
+from benchmarks.graph import PRODUCTS
 from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle
@@ -32,11 +32,11 @@ SCORES = 130
 def test_tokens_and_scores_of_an_utterance() -> None:
     engine = Labeler("mini", demonstrations=0).engine
     dialogues = [dialogue for _, dialogue in read_dialogues(Path(CHAT))]
-    given = packs(engine, dialogues)
+    given = list(engine.packs(dialogues))
     tokens = sum(len(pack) for pack in given)
     tiles = [cut(pack.ends, TILES) for pack in given]
     scores = sum(int((t.row_counts * t.key_counts).sum()) for t in tiles)
-    assert tokens / sum(len(asked(engine, dialogue)) for dialogue in dialogues) <= TOKENS
+    assert tokens / sum(len(dialogue.said) for dialogue in dialogues) <= TOKENS
     assert scores / tokens <= SCORES
 
 

@@ -29,12 +29,7 @@ class Scene:
     @property
     def asked(self) -> list[int]:
         """The utterances that have a text and a target."""
-        return [t for t in self.said if self.targets[t] is not None]
-
-    @property
-    def said(self) -> list[int]:
-        """The utterances that have a text."""
-        return [t for t, u in enumerate(self.dialogue.utterances) if u.text.strip()]
+        return [t for t in self.dialogue.said if self.targets[t] is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +48,9 @@ class Dataset:
     @property
     def labelled(self) -> bool:
         """Whether an utterance with a text has a gold label, to be measured by."""
-        return any(s.dialogue.utterances[t].label is not None for s in self.scenes for t in s.said)
+        return any(
+            s.dialogue.utterances[t].label is not None for s in self.scenes for t in s.dialogue.said
+        )
 
     def first(self, count: int) -> Dataset:
         """The dataset of its first dialogues."""
@@ -94,17 +91,15 @@ _Written = tuple[LabelSet, Mapping[str, str | None] | None]
 def _scene(
     dialogue: Dialogue, labels: LabelSet, file: _Written, source: Source, place: str
 ) -> Scene:
-    record = dialogue.record
-    turns = record["utterances" if "utterances" in record else "messages"]
     utterances, targets = [], []
-    for utterance, turn in zip(dialogue.utterances, turns, strict=True):
+    for utterance, turn in zip(dialogue.utterances, dialogue.turns, strict=True):
         label, target = None, None
         if source.soft < 1 and utterance.label is not None:
             label = _learnt(utterance.label, file, place)
             target = _spread([label], labels)
         elif source.soft < 1 and isinstance(turn.get("labels"), list):
             target = _spread([_learnt(own, file, place) for own in turn["labels"]], labels)
-        if source.soft and utterance.text.strip():
+        if source.soft and not utterance.blank:
             scores = _scores(turn.get("scores"), labels, place)
             target = scores if target is None else source.soft * scores + (1 - source.soft) * target
         utterances.append(replace(utterance, label=label))

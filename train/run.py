@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from transformers.utils import logging
 
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import encoder_files
+from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.prompts.tree import Window
@@ -153,7 +153,7 @@ def _width(dtype: Any) -> torch.dtype:
 def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
     for path in Path(recipe.base).glob("*.safetensors"):
         expected = digests.get(str(path))
-        if expected is not None and digest(path) != expected:
+        if expected is not None and file_sha256(path) != expected:
             raise UsageError(
                 f"{path}: not the base that the adapter in {folder} was trained on (its SHA-256 "
                 "is another): put that base back, or train again"
@@ -242,7 +242,7 @@ def untrained_run(
             max_tokens=tokens, max_utterance_tokens=min(window.max_utterance_tokens, tokens // 4)
         ),
     )
-    return TrainedRun(recipe, base, {source.path: digest(source.path)}, {}, packed, tokenizer)
+    return TrainedRun(recipe, base, {source.path: file_sha256(source.path)}, {}, packed, tokenizer)
 
 
 def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
@@ -255,8 +255,8 @@ def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     return {
         "recipe": recipe.to_json(),
         "controls": tokenizer.controls.to_json(),
-        "data": {s.path: digest(s.path) for s in sources},
-        "files": {path: digest(path) for path in sorted(others)},
+        "data": {s.path: file_sha256(s.path) for s in sources},
+        "files": {path: file_sha256(path) for path in sorted(others)},
     }
 
 
@@ -270,9 +270,3 @@ def describe(
         {**described, "versions": versions, **rest}, indent=2, default=dataclasses.asdict
     )
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-
-
-def digest(path: str | Path) -> str:
-    """The SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ercbatch.dialogues import Dialogue
 from ercbatch.labels import LabelSet
-from ercbatch.prompts.packs import Pack, graft
+from ercbatch.prompts.packs import Pack, pack
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, speaker_numbers
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, balance
@@ -168,7 +168,7 @@ class Sampler:
         packs = [
             packed
             for head, own in trees.items()
-            for packed in _packs(own, len(head), self._recipe.pack_tokens)
+            for packed in pack(own, self._recipe.pack_tokens, len(head))
         ]
         # Packs of like length share a step, so that little is padded; steps come in random order.
         size = self._recipe.packs_per_step
@@ -254,7 +254,7 @@ def speaker_questions(scene: Scene) -> list[Question]:
     """Who said each utterance; none where there are not two to choose from."""
     if len(set(speaker_numbers(scene.dialogue))) < 2:
         return []
-    return [Question(Task.SPEAKER, t) for t in scene.said]
+    return [Question(Task.SPEAKER, t) for t in scene.dialogue.said]
 
 
 class _NoisyTokenizer(SegmentTokenizer):
@@ -277,21 +277,6 @@ class _NoisyTokenizer(SegmentTokenizer):
             return ids
         kept = self._random.random(len(ids)) >= self._share
         return tuple(id_ for id_, keep in zip(ids, kept, strict=True) if keep)
-
-
-def _packs(trees: Sequence[tuple[int, Tree]], shared: int, length: int) -> Iterator[Pack]:
-    """Trees of one dataset on a shared head, at most `length` tokens a pack where they can be."""
-    waiting: list[tuple[int, Tree]] = []
-    used = shared
-    for owner, tree in trees:
-        more = len(tree) - shared
-        if waiting and used + more > length:
-            yield graft(waiting, shared)
-            waiting, used = [], shared
-        waiting.append((owner, tree))
-        used += more
-    if waiting:
-        yield graft(waiting, shared)
 
 
 def _class_weights(dataset: Dataset, power: float) -> Target:

@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ercbatch.dialogues import Dialogue
+from ercbatch.dialogues import Dialogue, turns_key
+from ercbatch.digests import file_sha256
 from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.tree import Renderer
 from ercbatch.scoring.torch_scorer import TorchScorer
-from train.run import TrainedRun, digest, load_run
+from train.run import TrainedRun, load_run
 
 _PACK_TOKENS = 1024
 """Long packs: in bfloat16 all weights are converted once a pack."""
@@ -54,7 +55,7 @@ def teach(
         InputError: a bad line in `source`.
     """
     dialogues = [dialogue for _, dialogue in read_dialogues(source)]
-    sha256 = digest(source)
+    sha256 = file_sha256(source)
     sums: list[_Rows] = [{} for _ in dialogues]
     teachers = np.zeros(len(dialogues), dtype=int)
     for folder in runs:
@@ -105,12 +106,11 @@ def _engine(run: TrainedRun, labels: LabelSet, *, bfloat16: bool) -> Engine:
 
 
 def _scored(dialogue: Dialogue, rows: _Rows, count: int, labels: LabelSet) -> Mapping[str, Any]:
-    key = "utterances" if "utterances" in dialogue.record else "messages"
     turns = []
-    for t, turn in enumerate(dialogue.record[key]):
+    for t, turn in enumerate(dialogue.turns):
         scores = {
             name: round(float(value) / count, 5)
             for name, value in zip(labels.labels, rows.get(t, ()), strict=False)
         }
         turns.append({**turn, "scores": scores} if scores else turn)
-    return {**dialogue.record, key: turns}
+    return {**dialogue.record, turns_key(dialogue.record): turns}

@@ -29,6 +29,7 @@ from ercbatch.bundle.manifest import (
     BundleInfo,
     FileDigest,
 )
+from ercbatch.digests import file_sha256
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 
 _MEND = "get the bundle again, or write it anew with `python -m export`"
@@ -167,7 +168,7 @@ def open_bundle(folder: Path) -> Bundle:
                     f"{path}: its size is not what {MANIFEST} says ({expected.size:,} bytes): "
                     f"{mend}"
                 )
-            if _sha256(path) != expected.sha256:
+            if file_sha256(path) != expected.sha256:
                 raise BundleError(f"{path}: altered, its SHA-256 is not {MANIFEST}'s: {mend}")
         except FileNotFoundError as error:
             raise BundleError(f"{path}: missing: {mend}") from error
@@ -211,7 +212,7 @@ def write_bundle(
     with whole_folder(folder, MANIFEST, force=force) as part:
         info = fill(part)
         files = {
-            path.name: FileDigest(path.stat().st_size, _sha256(path))
+            path.name: FileDigest(path.stat().st_size, file_sha256(path))
             for path in sorted(part.iterdir())
         }
         info = dataclasses.replace(info, format=FORMAT, files=files)
@@ -225,8 +226,3 @@ def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: own for name, own in value.items() if name != _OWN_DIGEST}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return {**plain, _OWN_DIGEST: digest}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import orjson
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.dialogues import parse_dialogue
+from ercbatch.digests import file_sha256
 from ercbatch.errors import BundleError, InputError, RecordError
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.encoder import SentenceEncoder
@@ -236,7 +236,7 @@ def rebuild_index(vectors: Vectors) -> hnswlib.Index:
 def _load_index(path: Path, digest: str | None, shape: tuple[int, int]) -> hnswlib.Index | None:
     if digest is None or not path.exists():
         return None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if file_sha256(path) != digest:
         return None
     if not is_sound(path, *shape, _LINKS):
         return None
@@ -292,7 +292,7 @@ def _labelled_texts(record: object) -> Iterator[tuple[str, str]]:
         yield text, label
         return
     for utterance in parse_dialogue(record).utterances:
-        if utterance.label is not None and utterance.text.strip():
+        if utterance.label is not None and not utterance.blank:
             yield utterance.text, utterance.label
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ercbatch.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from ercbatch.digests import file_sha256
 from ercbatch.errors import InputError, UsageError
 from ercbatch.inputs.files import shown
 from ercbatch.labeler import Labeler
@@ -68,7 +69,7 @@ def identity_of(
         "inputs": inputs.told,
         "bundle": {
             "name": bundle.info.name,
-            "sha256": hashlib.sha256((bundle.folder / BUNDLE_MANIFEST).read_bytes()).hexdigest(),
+            "sha256": file_sha256(bundle.folder / BUNDLE_MANIFEST),
         },
         "options": {**labeler.options(), **asdict(options.limits)},
         "rejects": shown(str(files.rejects)),

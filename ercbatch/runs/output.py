@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
+from ercbatch.digests import file_sha256
 from ercbatch.errors import OutputError
 from ercbatch.inputs.files import MANIFEST, REJECTS, shown
 from ercbatch.inputs.records import Reject, dump_record
@@ -231,19 +231,6 @@ def _remove_empty(path: Path) -> None:
             path.unlink()
 
 
-def digest_of(path: Path) -> str | None:
-    """SHA-256 of a file; None where there is none.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-
-
 def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> None:
     """Put a whole output into its place; may be done again where it was broken off.
 
@@ -256,7 +243,8 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
     if journal.manifest is None:
         journal.finish(manifest)
     whole = files.part if unplaced else files.output
-    if not known and digest_of(whole) != mapping(manifest.get("output")).get("sha256"):
+    expected = mapping(manifest.get("output")).get("sha256")
+    if not known and (not whole.exists() or file_sha256(whole) != expected):
         raise OutputError(f"{whole}: it is not what was written: begin anew with --force")
     if unplaced:
         put_in_place(files.part, files.output)

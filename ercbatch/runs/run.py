@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from ercbatch.checked import mapping, number
+from ercbatch.digests import file_sha256
 from ercbatch.errors import (
     ErcbatchError,
     InputError,
@@ -24,7 +25,7 @@ from ercbatch.inputs.records import Reader, Record
 from ercbatch.labeler import Labeler
 from ercbatch.runs.identity import Inputs, check_same, differences, identity_of
 from ercbatch.runs.journal import Counts, Journal, ResumePoint
-from ercbatch.runs.output import FileOutput, Files, StreamOutput, complete, digest_of
+from ercbatch.runs.output import FileOutput, Files, StreamOutput, complete
 from ercbatch.runs.preflight import (
     RunOptions,
     can_resume,
@@ -216,7 +217,7 @@ def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
             "--force"
         ) from error
     found = differences({key: manifest.get(key) for key in identity}, identity)
-    output = _output(files, str(digest_of(files.output)))
+    output = _output(files, file_sha256(files.output))
     found += differences({"output": manifest.get("output")}, {"output": output})
     if found:
         raise UsageError(

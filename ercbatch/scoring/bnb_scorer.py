@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,28 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack, split
+from ercbatch.scoring.kernels import hidden_kernels
 from ercbatch.scoring.packed_model import PackedModel, refuse_code
 from ercbatch.scoring.torch_scorer import TorchScorer
 
 
 def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, as it is installed, and quiet.
-
-    On a processor with AVX512-BF16 its import fetches a compiled kernel from the hub and loads it,
-    where the package `kernels` is installed too. Labelling reaches no network and runs nothing but
-    what was installed.
-    """
+    """bitsandbytes, as it is installed, and quiet."""
     # It warns at every int8 product that the input is read in half precision, as it always is.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    absent = object()
-    kernels: Any = sys.modules.get("kernels", absent)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's own sign for "not there"
-    try:
+    with hidden_kernels():
         import bitsandbytes
-    finally:
-        del sys.modules["kernels"]
-        if kernels is not absent:
-            sys.modules["kernels"] = kernels
     module: ModuleType = bitsandbytes
     return module
 

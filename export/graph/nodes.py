@@ -14,7 +14,8 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ercbatch.bundle import manifest as bundle
-from export.quantize.rounding import Array
+
+Array = npt.NDArray[np.float32]
 
 MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operators."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ercbatch.digests import file_sha256
 from ercbatch.engine import Engine
 from ercbatch.errors import LossError, UsageError
 from ercbatch.labels import LabelSet
@@ -17,7 +18,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Recipe
-from train.run import TrainedRun, digest
+from train.run import TrainedRun
 from train.validate import Predictions, predict
 
 _WARM = 4
@@ -49,7 +50,7 @@ class Questions:
         self.tokens = sorted({t for r in self.renderers.values() for t in r.trie.tokens})
         for source in recipe.valid:
             recorded = run.data.get(source.path)
-            if recorded is not None and digest(source.path) != recorded:
+            if recorded is not None and file_sha256(source.path) != recorded:
                 raise UsageError(
                     f"{source.path}: not what the run was validated on (its SHA-256 is another): "
                     "put that back; `export calibrate` measures a bundle on other dialogues"

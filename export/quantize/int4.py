@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from export.graph.nodes import MICROSOFT, Graph, Product, add_node
+from export.graph.nodes import MICROSOFT, Array, Graph, Product, add_node
 from export.quantize.int8 import sampled
-from export.quantize.rounding import Array, block_scales, round_alone, round_together
+from export.quantize.rounding import block_scales, round_alone, round_together
 from export.quantize.statistics import Sampler, Statistics
 
 BLOCK = 32

@@ -27,8 +27,8 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ercbatch.scoring.onnx_scorer import PROBE_SHAPE
-from export.graph.nodes import MICROSOFT, Graph, Product, add_node, attributes
-from export.quantize.rounding import Array, quantize_rows, round_alone, round_together, row_scales
+from export.graph.nodes import MICROSOFT, Array, Graph, Product, add_node, attributes
+from export.quantize.rounding import quantize_rows, round_alone, round_together, row_scales
 from export.quantize.statistics import Sampler, Statistics
 from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Array = npt.NDArray[np.float32]
+from export.graph.nodes import Array
 
 _DAMPING = 0.01
 """Added to the correlation's diagonal, as a share of its mean: samples are few."""

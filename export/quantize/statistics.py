@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.quantize.rounding import Array
+from export.graph.nodes import Array
 
 ROWS_PER_CHANNEL = 2
 """Sample rows for each input channel, at least, for the samples to guide the rounding of weights.

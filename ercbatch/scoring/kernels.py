@@ -1,0 +1,32 @@
+"""The package `kernels`, hidden: it lets a config run code, or fetches code from the hub.
+
+With it, loading a model can run what its config names (CVE-2026-4372), and on a processor with
+AVX512-BF16 the import of bitsandbytes fetches a compiled kernel. Labelling reaches no network and
+runs nothing but what was installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def hide_kernels() -> None:
+    """Make `kernels` a package that is not installed, for this process."""
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's own sign for that
+
+
+@contextmanager
+def hidden_kernels() -> Iterator[None]:
+    """Make `kernels` a package that is not installed, in this context."""
+    absent = object()
+    before: Any = sys.modules.get("kernels", absent)
+    hide_kernels()
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not absent:
+            sys.modules["kernels"] = before
