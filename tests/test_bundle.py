@@ -15,6 +15,8 @@ from ercbatch.errors import BundleError
 from ercbatch.labels import label_set
 from ercbatch.retrieval.bank import read_examples
 
+pytestmark = pytest.mark.transformers
+
 
 def test_show_and_verify_say_what_a_bundle_is(bundle_folder: Path) -> None:
     shown = cli("bundle", "show", bundle_folder)

@@ -29,7 +29,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from peft import PeftModel
-from test_graph import pack
+from test_export_graph import pack
 
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info, write_bundle
@@ -39,6 +39,8 @@ from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
 from export.__main__ import main
 from export.quantize.int8 import probe
 from train.run import load_run
+
+pytestmark = pytest.mark.transformers
 
 VALID = EXAMPLES / "labelled_chat_valid.jsonl"
 

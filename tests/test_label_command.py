@@ -15,7 +15,7 @@ import orjson
 import pytest
 import zstandard
 from conftest import EXAMPLES, ROOT, cli, describe
-from test_records import BAD
+from test_inputs_records import BAD
 
 from ercbatch import Labeler
 from ercbatch import cli as command

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, ROOT, cli, write_sentence_encoder
 
+pytestmark = pytest.mark.transformers
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Installing is what the checks' own setup does, and the tests are what is running now.
 COMMANDS = [
