@@ -37,7 +37,7 @@ from train.recipe import Recipe, Source, read_recipe
 from train.validate import predict
 
 Rewrite = Callable[[str], str]
-_MOST = 60_000
+_MOST_UTTERANCES = 60_000
 """Training utterances of the sentence classifier, at most."""
 
 
@@ -124,7 +124,7 @@ class SentenceClassifier:
         if not texts:
             raise UsageError(f"the recipe has no training data for the label set {labels.name}")
         y = np.concatenate(targets)
-        kept = np.random.default_rng(1).permutation(len(texts))[:_MOST]
+        kept = np.random.default_rng(1).permutation(len(texts))[:_MOST_UTTERANCES]
         self._encoder = encoder
         self._model = LogisticRegression(max_iter=300)
         self._model.fit(encoder.encode([texts[i] for i in kept]), y[kept])

@@ -51,7 +51,7 @@ def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]
         for number, dialogue in enumerate(dialogues)
         for question, ids in prompts(engine, dialogue)
     ]
-    for answers in in_order(answered, given, engine.scorer.at_once):
+    for answers in in_order(answered, given, engine.scorer.parallel_packs):
         for number, t, logs in answers:
             found[number, t] = np.exp(logs)
     return found, sum(map(len, given))

@@ -20,8 +20,8 @@ from ercbatch.terminal.streams import printable, steady_streams
 FINISHED_WITH_REJECTS = 3
 _PATIENCE = 2.0
 """Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
-_MOST = 1 << 62
-"""Of bytes and the like: numbers that every library takes."""
+_LARGEST = 1 << 62
+"""Upper end of the options that count; every library takes it."""
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat", "xed")
 
 
@@ -78,7 +78,7 @@ def main() -> None:
 )
 @click.option(
     "--max-line-bytes",
-    type=click.IntRange(1, _MOST),
+    type=click.IntRange(1, _LARGEST),
     default=16 << 20,
     show_default=True,
     metavar="N",
@@ -86,7 +86,7 @@ def main() -> None:
 )
 @click.option(
     "--max-turns",
-    type=click.IntRange(1, _MOST),
+    type=click.IntRange(1, _LARGEST),
     default=100_000,
     show_default=True,
     metavar="N",
@@ -94,7 +94,7 @@ def main() -> None:
 )
 @click.option(
     "--max-characters",
-    type=click.IntRange(1, _MOST),
+    type=click.IntRange(1, _LARGEST),
     default=1_000_000,
     show_default=True,
     metavar="N",
@@ -102,7 +102,7 @@ def main() -> None:
 )
 @click.option(
     "--max-file-bytes",
-    type=click.IntRange(1, _MOST),
+    type=click.IntRange(1, _LARGEST),
     default=1 << 40,
     show_default=True,
     metavar="N",
@@ -161,7 +161,7 @@ def label(
         click.echo(f"ercbatch: loading bundle {printable(bundle)}", err=True)
     with errors(), stoppable() as stop:
         from ercbatch.inputs.files import expand_inputs
-        from ercbatch.inputs.records import Limits
+        from ercbatch.inputs.records import InputLimits
         from ercbatch.labeler import Labeler
         from ercbatch.runs.dry_run import dry_run_label
         from ercbatch.runs.output import Files
@@ -201,7 +201,7 @@ def label(
             output=output,
             rejects=rejects,
             max_errors=max_errors,
-            limits=Limits(max_line_bytes, max_turns, max_characters, max_file_bytes),
+            limits=InputLimits(max_line_bytes, max_turns, max_characters, max_file_bytes),
             commit_seconds=commit_every,
             resume=resume,
             force=force,
@@ -319,12 +319,12 @@ def bundle_verify(name: str) -> None:
     """Check every file of a bundle against its digest, and label a word with it."""
     with errors():
         from ercbatch.bundle.bundle import find_bundle, open_bundle
-        from ercbatch.labeler import labels_a_word
+        from ercbatch.labeler import smoke_test
 
         opened = open_bundle(find_bundle(name))
         count, size = len(opened.info.files), opened.size() / 1e6
         try:
-            labels_a_word(opened)
+            smoke_test(opened)
             tried = "it labels"
         except MissingExtraError as error:
             tried = f"not tried: {error}"

@@ -173,7 +173,7 @@ class Engine:
         waiting: dict[int, Entry[T]] = {}
         begun = written
         packs = prefetch(self._steps(items, written), _AHEAD)
-        for entries, answers in in_order(self._answered, packs, self.scorer.at_once):
+        for entries, answers in in_order(self._answered, packs, self.scorer.parallel_packs):
             for entry in entries:
                 waiting[begun] = entry
                 begun += 1

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.bundle import Bundle, find_bundle, odd_files, open_bundle
+from ercbatch.bundle.bundle import Bundle, find_bundle, open_bundle, wrap_file_errors
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.engine import Engine, Entry
 from ercbatch.errors import BundleError, UsageError
@@ -85,7 +85,7 @@ class Labeler:
         self._context = context
         self._threads = threads = threads or available_threads()
         count = info.demonstrations if demonstrations is None else demonstrations
-        with odd_files(opened.folder):
+        with wrap_file_errors(opened.folder):
             self.engine = self._engine(count, threads)
 
     def _engine(self, count: int, threads: int) -> Engine:
@@ -120,7 +120,7 @@ class Labeler:
             "context": self._context,
             "min_confidence": self._min_confidence,
             "scores": self._scores,
-            **self.engine.scorer.placed,
+            **self.engine.scorer.placement,
             **({"encoder_threads": self._threads} if self.engine.retriever else {}),
         }
 
@@ -184,7 +184,7 @@ class Labeler:
         return UtteranceLabel(emotion, confidence, scores)
 
 
-def labels_a_word(bundle: Bundle) -> None:
+def smoke_test(bundle: Bundle) -> None:
     """See that a bundle labels, with a demonstration if it has any.
 
     Raises:

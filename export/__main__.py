@@ -145,7 +145,7 @@ def bundle(
     With --zero-shot, SOURCE is any causal language model: a checkpoint folder or a hub id.
     """
     from export.bundle import BundleOptions, export_bundle, run_loader, summary
-    from export.proof.losses import Limits
+    from export.proof.losses import LossLimits
 
     if (encoder is None) != (examples is None):
         raise click.UsageError("--encoder and --examples go together: give both, or neither")
@@ -172,7 +172,7 @@ def bundle(
         provenance=provenance,
         base_name=base_name,
         also_checkpoint=also_checkpoint,
-        limits=Limits(max_loss / 100, min_agreement / 100),
+        limits=LossLimits(max_loss / 100, min_agreement / 100),
         accept_loss=accept_loss,
     )
     with errors(), stoppable():

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.bundle import encoder_files, odd_files, write_bundle
+from ercbatch.bundle.bundle import encoder_files, wrap_file_errors, write_bundle
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.errors import LossError, UsageError
@@ -33,7 +33,7 @@ from export.forms import describe_form, need_libraries, sample_size, save_merged
 from export.model import fitting_dtype, traced_attention
 from export.proof.calibration import calibrate_sets
 from export.proof.card import write_card
-from export.proof.losses import UNMEASURED, Limits, compare, losses
+from export.proof.losses import UNMEASURED, LossLimits, compare, losses
 from export.proof.measure import Measurement, Questions, Say, measure, with_demonstrations
 from export.quantize.targets import SAFE_TARGET
 from train.recipe import Source
@@ -73,7 +73,7 @@ class BundleOptions:
     provenance: tuple[str, ...] = ()
     base_name: str | None = None
     also_checkpoint: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: LossLimits = field(default_factory=LossLimits)
     accept_loss: bool = False
 
 
@@ -139,7 +139,7 @@ def export_bundle(
             raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
     encoder = None if options.encoder is None else encoder_files(options.encoder)
     if encoder is not None:
-        with odd_files(encoder[0].parent):
+        with wrap_file_errors(encoder[0].parent):
             SentenceEncoder(*encoder)
     _return_arrays_when_freed()
     say("loading the model as it was trained")

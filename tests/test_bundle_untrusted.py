@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
-from ercbatch.labeler import labels_a_word
+from ercbatch.labeler import smoke_test
 
 CHAT = EXAMPLES / "group_chat.jsonl"
 Json = dict[str, Any]
@@ -71,7 +71,7 @@ def put(*path: str | int, value: Any) -> Callable[[Json], None]:
 def test_an_odd_description_is_refused(copy: Path, path: tuple[str | int, ...], value: Any) -> None:
     describe(copy, put(*path, value=value))
     with pytest.raises(BundleError, match=str(copy)):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 def test_a_description_is_whole_or_refused(copy: Path) -> None:
@@ -132,11 +132,11 @@ def test_files_that_are_something_else_are_refused(copy: Path, content: bytes) -
         (copy / name).write_bytes(content)
         sign(copy)
         with pytest.raises((BundleError, Exception), match=str(copy)) as caught:
-            labels_a_word(open_bundle(copy))
+            smoke_test(open_bundle(copy))
         assert type(caught.value).__module__ == "ercbatch.errors", name
         (copy / name).write_bytes(before)
     sign(copy)
-    labels_a_word(open_bundle(copy))
+    smoke_test(open_bundle(copy))
 
 
 def narrower(head: Json) -> None:
@@ -171,7 +171,7 @@ def test_an_answer_head_that_does_not_fit_is_refused(
     save_file(head, copy / files.HEAD)
     sign(copy)
     with pytest.raises(BundleError):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
     assert cli("bundle", "verify", copy).returncode == 4
 
 
@@ -181,7 +181,7 @@ def test_demonstrations_of_another_encoder_are_refused(copy: Path) -> None:
     save_file({"vectors": vectors[:, :-1].copy()}, path)
     sign(copy)
     with pytest.raises(BundleError, match="not of its encoder"):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
 
 
 def test_the_bundle_in_the_package_labels() -> None:
-    labels_a_word(open_bundle(find_bundle("mini")))
+    smoke_test(open_bundle(find_bundle("mini")))
 
 
 @pytest.mark.parametrize("place", ["added token", "pattern"])
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_takes_minutes_to_compile_is_refused(copy: Path, place:
     (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match="a string in it is over 4,096 characters long"):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 CHARACTERS = b"\4\0\0\0" + bytes(4) + b"a" * 1_000_000 + b"\0"
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_makes_a_million_characters_of_one_is_refused(
     (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match=words):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error(copy: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_panic_of_the_tokenizers_library_is_an_error(copy: Path) -> None:
     (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match=r"not a tokenizer \(PanicException"):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_tokenizer_of_hundreds_of_megabytes_is_not_read(copy: Path) -> None:
     os.truncate(copy / files.TOKENIZER, 200_000_000)  # takes no room on the disk
     sign(copy)
     with pytest.raises(BundleError, match="over 134,217,728 bytes"):
-        labels_a_word(open_bundle(copy))
+        smoke_test(open_bundle(copy))
 
 
 def test_a_token_of_an_id_that_no_model_has_is_refused(copy: Path) -> None:

@@ -15,7 +15,7 @@ from export.proof.calibration import (
     fit_temperature,
     recommend,
 )
-from export.proof.losses import Limits, compare, losses
+from export.proof.losses import LossLimits, compare, losses
 from export.proof.measure import Measurement
 from train.validate import Predictions
 
@@ -112,13 +112,13 @@ def test_what_falls_short_is_named() -> None:
     original = Measurement("meld", "chats", drawn(1000, 1.0), 2.0)
     same = compare(replace(original, seconds=1.0), original)
     assert (same.agreement, same.largest_difference, same.speed_ratio) == (1.0, 0.0, 2.0)
-    assert losses(same, Limits()) == []
+    assert losses(same, LossLimits()) == []
     worse = original.predictions.probabilities.copy()
     worse[:100] = np.roll(worse[:100], 1, axis=1)
     predictions = replace(original.predictions, probabilities=worse)
     found = compare(replace(original, predictions=predictions), original)
     assert found.agreement == 0.9
-    lost, different = losses(found, Limits())
+    lost, different = losses(found, LossLimits())
     assert lost.startswith("meld, chats: weighted F1 ")
     assert "90.0% of the labels are the original's (at least 97% must be)" in different
-    assert losses(found, Limits(f1=1.0, agreement=0.9)) == []
+    assert losses(found, LossLimits(f1=1.0, agreement=0.9)) == []

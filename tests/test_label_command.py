@@ -20,7 +20,7 @@ from test_inputs_records import BAD
 from ercbatch import Labeler
 from ercbatch import cli as command
 from ercbatch.bundle.manifest import MOST_DEMONSTRATIONS
-from ercbatch.inputs.records import DEFAULT_LIMITS, Limits
+from ercbatch.inputs.records import DEFAULT_LIMITS, InputLimits
 
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
 
@@ -104,7 +104,7 @@ def test_the_command_line_has_the_limits_of_what_it_runs() -> None:
     # It may not import that before it runs, so it names them itself.
     defaults = {option.name: option.default for option in command.label.params}
     names = ("max_line_bytes", "max_turns", "max_characters", "max_file_bytes")
-    assert Limits(*(defaults[name] for name in names)) == DEFAULT_LIMITS
+    assert InputLimits(*(defaults[name] for name in names)) == DEFAULT_LIMITS
     for subcommand in (command.label, command.bank.commands["build"]):
         (demos,) = (option.type for option in subcommand.params if option.name == "demos")
         assert demos.max == MOST_DEMONSTRATIONS

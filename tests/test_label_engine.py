@@ -128,7 +128,7 @@ def test_the_number_of_threads_changes_no_number() -> None:
     found = []
     for threads in (1, 2, 5):
         labeler = Labeler("mini", threads=threads, demonstrations=0)
-        assert labeler.engine.scorer.at_once == threads
+        assert labeler.engine.scorer.parallel_packs == threads
         rows = [entry.rows for entry in labeler.engine.run((None, d) for d in dialogues)]
         found.append(np.array([p for some in rows for p in some.values()]))
     assert len(found[0]) == sum(len(d.utterances) for d in dialogues)

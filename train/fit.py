@@ -25,7 +25,7 @@ from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm, save_tokenizer
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
-from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, told
+from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, metrics_text
 from train.model import check_memory, load_trainable
 from train.recipe import Recipe
 from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description
@@ -176,7 +176,7 @@ def _fit(
         if data.test:
             _load_kept(packed, adapter, folder)
             outcome["test"] = test.figures(recipe.stages[-1].tasks)
-            measured = f"; {told(outcome['test'])}"
+            measured = f"; {metrics_text(outcome['test'])}"
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
         report(f"{folder}: epoch {kept} is kept{measured}; next: python -m export bundle {folder}")

@@ -21,10 +21,10 @@ from train.average import Average
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step
 
-_TOLD_EVERY = 15.0
+_METRIC_FORMATS_EVERY = 15.0
 """Seconds between two lines of progress."""
 
-_TOLD = {
+_METRIC_FORMATS = {
     "weighted_f1": "weighted F1 {:.2%}",
     "macro_f1": "macro {:.2%}",
     "log_loss": "log loss {:.3f}",
@@ -75,7 +75,7 @@ class EpochFigures:
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """How far a run is: finished epochs, and the epoch begun.
 
     `sums` are the sums of the loss and of each task's loss over the `steps` done of it.
@@ -102,7 +102,7 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+    def from_json(cls, value: Mapping[str, Any]) -> TrainingProgress:
         """Read what `to_json` gave."""
         finished = [EpochFigures(**figures) for figures in value["finished"]]
         return cls(**{**value, "finished": finished})
@@ -178,7 +178,7 @@ class Fitting:
         self._objective: Any = accelerator.prepare(objective)
         self._average = Average(self._trained, recipe.average) if recipe.average else None
         self._optimizer: Any = None
-        self._progress = Progress()
+        self._progress = TrainingProgress()
         self._saved = time.monotonic()
 
     def run(self, state: Mapping[str, Any] | None = None) -> list[EpochFigures]:
@@ -248,9 +248,9 @@ class Fitting:
             step = epoch[(progress.steps * workers + accelerator.process_index) % len(epoch)]
             self._step(step.to(accelerator.device), weights)
             progress.seconds = time.monotonic() - began
-            if time.monotonic() - spoken > _TOLD_EVERY:
+            if time.monotonic() - spoken > _METRIC_FORMATS_EVERY:
                 spoken = time.monotonic()
-                self._hooks.report(self._told(stage, first, steps))
+                self._hooks.report(self._status(stage, first, steps))
             stopping, due = self._asked()
             if stopping or due:
                 self._save()
@@ -329,14 +329,14 @@ class Fitting:
                 rivals = [f for f in progress.finished if f.stage == figures.stage and f.valid]
                 if figures.score >= max((f.score for f in rivals), default=0.0):
                     hooks.keep(figures)
-        self._progress = Progress([*progress.finished, figures])
+        self._progress = TrainingProgress([*progress.finished, figures])
         if self._accelerator.is_main_process:
             hooks.finished(self._progress.finished)
             hooks.report(_summary(figures, sum(s.epochs for s in self._recipe.stages)))
         self._accelerator.wait_for_everyone()
         self._save()
 
-    def _told(self, stage: Stage, first: int, steps: int) -> str:
+    def _status(self, stage: Stage, first: int, steps: int) -> str:
         progress = self._progress
         mean, *means = progress.means
         tasks = ", ".join(f"{t.value} {means[TASKS.index(t)]:.3f}" for t in stage.tasks)
@@ -370,7 +370,7 @@ class Fitting:
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._progress = Progress.from_json(state["progress"])
+        self._progress = TrainingProgress.from_json(state["progress"])
         with torch.no_grad():
             for p, value in zip(self._trained, state["weights"], strict=True):
                 p.copy_(value)
@@ -392,10 +392,10 @@ def _set_generators(states: Sequence[Tensor]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
 
 
-def told(figures: Figures) -> str:
+def metrics_text(figures: Figures) -> str:
     """Figures in words."""
     return "; ".join(
-        f"{name}: {', '.join(words.format(f[k]) for k, words in _TOLD.items() if k in f)}"
+        f"{name}: {', '.join(words.format(f[k]) for k, words in _METRIC_FORMATS.items() if k in f)}"
         for name, f in figures.items()
     )
 
@@ -403,7 +403,7 @@ def told(figures: Figures) -> str:
 def _summary(figures: EpochFigures, epochs: int) -> str:
     parts = [f"epoch {figures.epoch}/{epochs}: loss {figures.loss:.4f} in {figures.seconds:.0f} s"]
     if figures.valid:
-        parts.append(told(figures.valid))
+        parts.append(metrics_text(figures.valid))
     if figures.train:
-        parts.append(f"training data: {told(figures.train)}")
+        parts.append(f"training data: {metrics_text(figures.train)}")
     return "; ".join(parts)

@@ -178,7 +178,7 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 @contextmanager
-def odd_files(folder: Path) -> Iterator[None]:
+def wrap_file_errors(folder: Path) -> Iterator[None]:
     """What libraries say of a bundle's files: digests tell only that they are those that were
     written, by whomever.
 

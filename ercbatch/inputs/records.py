@@ -27,7 +27,7 @@ _DEEPEST = 250
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class InputLimits:
     """How much is taken from an input; what is beyond is a reject."""
 
     line_bytes: int = 16 << 20
@@ -38,7 +38,7 @@ class Limits:
     """Of a compressed file's content, whose rest is one reject."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = InputLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,10 @@ class Reader:
     """
 
     def __init__(
-        self, names: Sequence[str], limits: Limits = DEFAULT_LIMITS, start: Position = BEGINNING
+        self,
+        names: Sequence[str],
+        limits: InputLimits = DEFAULT_LIMITS,
+        start: Position = BEGINNING,
     ) -> None:
         self._names = names
         self._limits = limits
@@ -200,7 +203,7 @@ def dump_record(record: object) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _parse(line: bytes, limits: Limits) -> Dialogue:
+def _parse(line: bytes, limits: InputLimits) -> Dialogue:
     try:
         value = orjson.loads(line.rstrip(b"\r\n"))
     except orjson.JSONDecodeError as error:
@@ -239,7 +242,7 @@ def _depth_exceeds(value: object, most: int) -> bool:
     return True
 
 
-def _read_line(stream: BinaryIO, limits: Limits, byte: int) -> tuple[bytes, int]:
+def _read_line(stream: BinaryIO, limits: InputLimits, byte: int) -> tuple[bytes, int]:
     """The line that begins at `byte`, or the beginning of one that is too long, and its size.
 
     Raises:

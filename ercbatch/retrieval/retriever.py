@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.bundle import Bundle, odd_files
+from ercbatch.bundle.bundle import Bundle, wrap_file_errors
 from ercbatch.errors import BundleError
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.bank import DemonstrationBank
@@ -44,7 +44,7 @@ def open_retriever(bundle: Bundle, threads: int) -> Retriever:
             f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
             "with --encoder and --examples"
         )
-    with odd_files(bundle.folder):
+    with wrap_file_errors(bundle.folder):
         encoder = SentenceEncoder(
             bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
         )

@@ -11,7 +11,7 @@ from ercbatch.inputs.files import STDIN
 from ercbatch.inputs.records import Reader
 from ercbatch.labeler import Labeler
 from ercbatch.runs.output import Files, tell
-from ercbatch.runs.preflight import RunOptions, check_files, check_unasked
+from ercbatch.runs.preflight import RunOptions, check_files, refuse_overwrite
 
 _TIMED = 200
 """Utterances that are labelled to estimate the speed, at least."""
@@ -28,7 +28,7 @@ def dry_run_label(labeler: Callable[[], Labeler], options: RunOptions) -> str:
     if options.output is not None:
         files = Files.of(options.output, options.rejects)
         check_files(files, options)
-        check_unasked(files, options, stopped=files.journal.exists())
+        refuse_overwrite(files, options, stopped=files.journal.exists())
     loaded = labeler()
     accepted = rejected = utterances = sampled = 0
     sample: list[Dialogue] = []

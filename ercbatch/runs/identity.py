@@ -23,7 +23,7 @@ class Inputs:
     """What the inputs are; those that can be read again are read for their digests."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.told: list[dict[str, str | int]] = []
+        self.description: list[dict[str, str | int]] = []
         self._seen: list[tuple[str, os.stat_result]] = []
         for name in names:
             entry: dict[str, str | int] = {"file": shown(name)}
@@ -38,7 +38,7 @@ class Inputs:
                         f"{shown(name)}: cannot be read ({error.strerror}): check its rights"
                     ) from error
                 self._seen.append((name, seen))
-            self.told.append(entry)
+            self.description.append(entry)
 
     def check(self) -> None:
         """See that they are still the same.
@@ -66,7 +66,7 @@ def identity_of(
     return {
         "journal": FORMAT,
         **labeler.releases(),
-        "inputs": inputs.told,
+        "inputs": inputs.description,
         "bundle": {
             "name": bundle.info.name,
             "sha256": file_sha256(bundle.folder / BUNDLE_MANIFEST),

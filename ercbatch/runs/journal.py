@@ -29,7 +29,7 @@ FORMAT = 4
 _CHECK = b',"check":"'
 _DIGITS = 16
 """Hexadecimal digits of a line's digest that are written."""
-_MOST = 2**63 - 1
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Commit:
         return cls(
             ResumePoint(
                 Position(**_integers(Position.__slots__, point["chunk"])),
-                integer(point["written"], high=_MOST),
+                integer(point["written"], high=_LARGEST),
                 Counts.from_json(point["counts"]),
                 number(point["seconds"]),
             ),
@@ -102,11 +102,11 @@ class Commit:
 
 def _prefix(value: object) -> Prefix:
     told = mapping(value)
-    return Prefix(integer(told["bytes"], high=_MOST), string(told["sha256"]))
+    return Prefix(integer(told["bytes"], high=_LARGEST), string(told["sha256"]))
 
 
 def _integers(names: Iterable[str], value: object) -> dict[str, int]:
-    return {name: integer(mapping(value)[name], high=_MOST) for name in names}
+    return {name: integer(mapping(value)[name], high=_LARGEST) for name in names}
 
 
 class Journal:

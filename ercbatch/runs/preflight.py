@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ercbatch.errors import UsageError
 from ercbatch.inputs.files import STDIN
-from ercbatch.inputs.records import DEFAULT_LIMITS, Limits
+from ercbatch.inputs.records import DEFAULT_LIMITS, InputLimits
 from ercbatch.runs.output import Files
 
 
@@ -23,7 +23,7 @@ class RunOptions:
     rejects: Path | None = None
     """None: beside the output; for stdout, on stderr."""
     max_errors: int | None = None
-    limits: Limits = DEFAULT_LIMITS
+    limits: InputLimits = DEFAULT_LIMITS
     commit_seconds: float = 2.0
     """What is labelled is safe so much later."""
     resume: bool = False
@@ -91,7 +91,7 @@ def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> N
         raise UsageError(f"{path} exists: choose another --rejects, or give --force")
 
 
-def check_unasked(files: Files, options: RunOptions, *, stopped: bool) -> None:
+def refuse_overwrite(files: Files, options: RunOptions, *, stopped: bool) -> None:
     """See that nothing is overwritten unasked.
 
     Raises:

@@ -31,7 +31,7 @@ from ercbatch.runs.preflight import (
     can_resume,
     check_files,
     check_rejects,
-    check_unasked,
+    refuse_overwrite,
 )
 from ercbatch.terminal.progress import Progress
 from ercbatch.terminal.stopping import Stopper
@@ -80,7 +80,7 @@ def run_label(
                 f"{files.journal} is no journal, or its beginning was altered: move it (and "
                 f"{files.part}), or begin anew with --force"
             )
-        check_unasked(files, options, stopped=journal.identity is not None)
+        refuse_overwrite(files, options, stopped=journal.identity is not None)
         try:
             return _label_to_files(labeler(), options, files, journal, stop)
         except OSError as error:
@@ -100,7 +100,7 @@ def _label_to_files(
     identity = identity_of(labeler, options, files, inputs)
     stopped = journal.identity is not None
     if options.resume and (stopped or files.output.exists()):
-        if not all("sha256" in entry for entry in inputs.told):
+        if not all("sha256" in entry for entry in inputs.description):
             raise UsageError(
                 "--resume: stdin and pipes cannot be read again: begin anew with --force, or label "
                 "a file"

@@ -149,9 +149,9 @@ class OnnxScorer(StateScorer):
         self._path = path
         beside = (path.with_name(name) for name in listed if name.startswith(f"{path.name}."))
         size = sum(file.stat().st_size for file in (path, *beside))
-        self.at_once = 1 if size >= _LARGE else threads
-        self.placed = {"pack_threads": threads // self.at_once}
-        self._session = open_session(path, threads // self.at_once, listed)
+        self.parallel_packs = 1 if size >= _LARGE else threads
+        self.placement = {"pack_threads": threads // self.parallel_packs}
+        self._session = open_session(path, threads // self.parallel_packs, listed)
         self._tiles = tiles_of(path, self._session)
         self._threads = threads
 

@@ -20,11 +20,11 @@ class Scorer(ABC):
     packages: ClassVar[tuple[str, ...]]
     """The installed packages whose release its numbers depend on."""
     head: AnswerHead
-    at_once: int = 1
+    parallel_packs: int = 1
     """How many packs it scores best at a time, each in a thread."""
     longest_pack: ClassVar[int | None] = None
     """Most tokens of a pack that holds several trees; None if there is no limit."""
-    placed: Mapping[str, str | int]
+    placement: Mapping[str, str | int]
     """Where a pack is computed, as far as its numbers depend on it: threads, and a GPU."""
 
     @abstractmethod

@@ -50,7 +50,7 @@ class StandardScorer(Scorer):
         self._path = path
         self._session = open_session(path, threads, listed)
         self._threads = threads
-        self.placed = {"pack_threads": threads}
+        self.placement = {"pack_threads": threads}
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         self._past = {name: shape for name, shape in inputs.items() if name.startswith(_PAST)}
         self._given = inputs.keys() - self._past.keys()

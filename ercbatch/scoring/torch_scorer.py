@@ -29,9 +29,9 @@ class TorchScorer(StateScorer):
         self._bfloat16 = bfloat16
         device = next(model.parameters()).device
         if device.type == "cuda":
-            self.placed = {"device": torch.cuda.get_device_name(device)}
+            self.placement = {"device": torch.cuda.get_device_name(device)}
         else:
-            self.placed = {"pack_threads": torch.get_num_threads()}
+            self.placement = {"pack_threads": torch.get_num_threads()}
         self.head = rows if isinstance(rows, AnswerHead) else model.answer_head(rows)
 
     def describe(self) -> str:

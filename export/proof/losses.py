@@ -15,7 +15,7 @@ UNCOMPARED = "it was never compared with the model that it was made from"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LossLimits:
     """What a bundle may lose: `f1` of weighted F1, and `agreement` with the original at least."""
 
     f1: float = 0.005
@@ -39,7 +39,7 @@ def compare(found: Measurement, original: Measurement) -> Quality:
     )
 
 
-def losses(quality: Quality, limits: Limits) -> list[str]:
+def losses(quality: Quality, limits: LossLimits) -> list[str]:
     """In what a bundle falls short of the original, by more than the limits allow."""
     before, after, agreement = (
         quality.weighted_f1_original,

@@ -29,7 +29,7 @@ from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
-from ercbatch.inputs.records import Limits, Reader, dump_record
+from ercbatch.inputs.records import InputLimits, Reader, dump_record
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
@@ -117,7 +117,7 @@ def records(seconds: float, draw: random.Random) -> int:
         AssertionError: a line is not accounted for.
     """
     number = 0
-    limits = Limits(line_bytes=2000, turns=5, characters=200, file_bytes=1 << 20)
+    limits = InputLimits(line_bytes=2000, turns=5, characters=200, file_bytes=1 << 20)
     good = b'{"id": 1, "utterances": [{"speaker": "a", "text": "it is gone"}, {"text": "oh"}]}'
     path = Path(tempfile.mkdtemp()) / "in.jsonl"
     until = time.monotonic() + seconds

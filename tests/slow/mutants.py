@@ -33,7 +33,7 @@ import onnx
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle, open_bundle, with_digest
 from ercbatch.errors import ErcbatchError
-from ercbatch.labeler import labels_a_word
+from ercbatch.labeler import smoke_test
 
 _MEMORY = 4 << 30
 """Bytes of address space that a mutant may take beyond what there is."""
@@ -228,7 +228,7 @@ def _open(folder: Path, log: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(_SECONDS)
     try:
-        labels_a_word(open_bundle(folder))
+        smoke_test(open_bundle(folder))
     except ErcbatchError as error:
         print(error)
         os._exit(error.exit_code)
