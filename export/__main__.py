@@ -225,25 +225,21 @@ def calibrate(
     """Write BUNDLE calibrated anew, on labelled dialogues of your own."""
     from ercbatch.bundle.bundle import find_bundle, open_bundle
     from export.bundle import summary
-    from export.recalibrate import recalibrate
+    from export.recalibrate import CalibrateOptions, recalibrate
 
-    sources = [_labelled("--valid", text) for text in given]
-    only_measured = [_labelled("--measure", text) for text in measure]
+    options = CalibrateOptions(
+        fitted=tuple(_labelled("--valid", text) for text in given),
+        only_measured=tuple(_labelled("--measure", text) for text in measure),
+        label_shift=label_shift,
+        name=name,
+        turns=turns,
+        stride=stride,
+    )
     with errors(), stoppable():
         opened = open_bundle(find_bundle(bundle_name))
-        info = recalibrate(
-            opened,
-            sources,
-            output,
-            only_measured=only_measured,
-            label_shift=label_shift,
-            name=name,
-            turns=turns,
-            stride=stride,
-            force=force,
-        )
-    click.echo(summary(info, output, {labels for labels, _ in (*sources, *only_measured)}))
-    for labels in dict.fromkeys(labels for labels, _ in sources):
+        info = recalibrate(opened, output, options, force=force)
+    click.echo(summary(info, output, {labels for labels, _ in options.measured}))
+    for labels in dict.fromkeys(labels for labels, _ in options.fitted):
         if label_shift and labels not in info.label_offsets:
             click.echo(
                 f"warning: {labels}: no label shift was kept, because it did not fit dialogues "

@@ -28,6 +28,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.runtimes import open_model
+from ercbatch.scoring.scorer import Scorer
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention
@@ -130,13 +131,8 @@ def export_bundle(
         OutputError: it cannot be written.
     """
     need_libraries(options.form)
+    _check_outputs(load, folder, options, force=force)
     checkpoint = options.also_checkpoint
-    read = [p for p in (*load.read, options.encoder, options.examples) if p is not None]
-    check_output(folder, files.MANIFEST, force=force, inputs=read)
-    if checkpoint is not None:
-        check_output(checkpoint, files.CONFIG, force=force, inputs=read)
-        if _one_in_the_other(folder.resolve(), checkpoint.resolve()):
-            raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
     encoder = None if options.encoder is None else encoder_files(options.encoder)
     if encoder is not None:
         with wrap_file_errors(encoder[0].parent):
@@ -160,18 +156,7 @@ def export_bundle(
         scorer = open_model(part, options.form, head, available_threads(), listed)
         info = _prove(info, original, measure(questions, scorer, say), options)
         if retriever is not None:
-            info = replace(
-                info,
-                quality=tuple(
-                    replace(
-                        quality,
-                        weighted_f1_with_demonstrations=with_demonstrations(
-                            questions.engine(scorer, dataset), dataset, retriever
-                        ),
-                    )
-                    for quality, (_, dataset) in zip(info.quality, questions.held_out, strict=True)
-                ),
-            )
+            info = _with_demonstrations(info, questions, scorer, retriever)
         write_card(info, part)
         return info
 
@@ -180,6 +165,17 @@ def export_bundle(
         if checkpoint is not None:
             whole = stack.enter_context(whole_folder(checkpoint, files.CONFIG, force=force))
         return write_bundle(folder, lambda part: fill(part, whole), force=force)
+
+
+def _check_outputs(load: Loader, folder: Path, options: BundleOptions, *, force: bool) -> None:
+    """Check that the bundle and the checkpoint can be written where they should be."""
+    checkpoint = options.also_checkpoint
+    read = [p for p in (*load.read, options.encoder, options.examples) if p is not None]
+    check_output(folder, files.MANIFEST, force=force, inputs=read)
+    if checkpoint is not None:
+        check_output(checkpoint, files.CONFIG, force=force, inputs=read)
+        if _one_in_the_other(folder.resolve(), checkpoint.resolve()):
+            raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
 
 
 def _one_in_the_other(one: Path, other: Path) -> bool:
@@ -293,6 +289,21 @@ def _prove(
         calibration={labels: fitted.metrics for labels, fitted in calibration.items()},
         temperatures={k: fitted.scaling.temperature for k, fitted in calibration.items()},
     )
+
+
+def _with_demonstrations(
+    info: BundleInfo, questions: Questions, scorer: Scorer, retriever: Retriever
+) -> BundleInfo:
+    """Add the weighted F1 of questions that show demonstrations."""
+    scores = [
+        with_demonstrations(questions.engine(scorer, dataset), dataset, retriever)
+        for _, dataset in questions.held_out
+    ]
+    quality = [
+        replace(each, weighted_f1_with_demonstrations=score)
+        for each, score in zip(info.quality, scores, strict=True)
+    ]
+    return replace(info, quality=tuple(quality))
 
 
 def _architecture(model: PackedModel) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ercbatch.bundle import manifest as files
@@ -32,85 +32,55 @@ from train.recipe import Source
 from train.validate import Predictions, predict
 
 
-def recalibrate(
-    bundle: Bundle,
-    given: Sequence[tuple[str, Path]],
-    folder: Path,
-    *,
-    only_measured: Sequence[tuple[str, Path]] = (),
-    label_shift: bool = False,
-    name: str | None = None,
-    turns: int | None = None,
-    stride: int | None = None,
-    force: bool = False,
-) -> BundleInfo:
-    """Write the bundle with temperatures, figures and card from labelled dialogues.
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """How a bundle is calibrated.
 
-    `given` are names of its label sets, and files of dialogues that have these labels. The files
-    `only_measured` are not used to fit anything. With `label_shift` each label gets an offset too,
-    for how common it is in the dialogues. The other label sets keep what they have. By default
-    the bundle keeps its `name`, and its window of so many earlier `turns` that moves by
-    `stride`. With another window the other label sets keep their temperatures, but no figures,
-    since those were measured with the old one.
+    Attributes:
+        fitted: (label set, file) of the dialogues that temperatures are fitted on.
+        only_measured: (label set, file) of dialogues that are measured, and fit nothing.
+        label_shift: whether each label gets an offset too, for how common it is.
+        name: the new bundle's name; None to keep the old one.
+        turns: earlier turns in the window; None to keep it.
+        stride: by how many turns the window moves; None to keep it.
+    """
+
+    fitted: tuple[tuple[str, Path], ...]
+    only_measured: tuple[tuple[str, Path], ...] = ()
+    label_shift: bool = False
+    name: str | None = None
+    turns: int | None = None
+    stride: int | None = None
+
+    @property
+    def measured(self) -> tuple[tuple[str, Path], ...]:
+        """All dialogues, those that are fitted on first."""
+        return (*self.fitted, *self.only_measured)
+
+
+def recalibrate(
+    bundle: Bundle, folder: Path, options: CalibrateOptions, *, force: bool = False
+) -> BundleInfo:
+    """Write the bundle with temperatures, metrics and card from labelled dialogues.
+
+    Label sets without dialogues keep what they have. With another window they keep their
+    temperatures, but no metrics, which were measured with the old one.
 
     Raises:
         InputError: the dialogues have no labels, or labels outside the set.
         UsageError: the bundle has no such label set, a window out of range, or `folder` exists.
         OutputError: it cannot be written.
     """
-    read = [bundle.folder, *(path for _, path in (*given, *only_measured))]
+    read = [bundle.folder, *(path for _, path in options.measured)]
     check_output(folder, files.MANIFEST, force=force, inputs=read)
     old = bundle.info.window
     window = replace(
         old,
-        turns=old.turns if turns is None else turns,
-        stride=old.stride if stride is None else stride,
+        turns=old.turns if options.turns is None else options.turns,
+        stride=old.stride if options.stride is None else options.stride,
     )
-    bundle = replace(bundle, info=replace(bundle.info, window=window))
-    label_set = bundle.info.label_set
-    datasets = [
-        read_dataset(Source(str(path), labels), label_set(labels))
-        for labels, path in (*given, *only_measured)
-    ]
-    engines = {
-        labels: replace(
-            Labeler(bundle, label_set=labels, demonstrations=0).engine, temperature=1.0, offsets=()
-        )
-        for labels in dict.fromkeys(d.labels.name for d in datasets)
-    }
-    said = [(d.labels.name, predict(engines[d.labels.name], d)) for d in datasets]
-    calibration = calibrate_sets(said[: len(given)], label_shift=label_shift)
-    info = replace(
-        bundle.info,
-        temperatures={
-            **bundle.info.temperatures,
-            **{labels: fitted.scaling.temperature for labels, fitted in calibration.items()},
-        },
-        label_offsets={
-            labels: by_label
-            for labels, by_label in bundle.info.label_offsets.items()
-            if labels not in calibration
-        }
-        | {
-            labels: dict(zip(label_set(labels).labels, found.scaling.offsets, strict=True))
-            for labels, found in calibration.items()
-            if found.scaling.offsets
-        },
-    )
-    quality = _quality(replace(bundle, info=info), engines, datasets, said, calibration)
-    same = window == old
-    kept = tuple(q for q in bundle.info.quality if same and q.label_set not in calibration)
-    lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in bundle.info.accepted_loss)
-    info = replace(
-        info,
-        name=name or info.name,
-        accepted_loss=lost,
-        quality=(*kept, *quality),
-        calibration={
-            **(bundle.info.calibration if same else {}),
-            **{labels: fitted.metrics for labels, fitted in calibration.items()},
-        },
-    )
+    moved = replace(bundle, info=replace(bundle.info, window=window))
+    info = _calibrated(moved, options, keep_metrics=window == old)
 
     def fill(part: Path) -> BundleInfo:
         for name in bundle.info.files:
@@ -121,11 +91,50 @@ def recalibrate(
     return write_bundle(folder, fill, force=force)
 
 
+def _calibrated(bundle: Bundle, options: CalibrateOptions, *, keep_metrics: bool) -> BundleInfo:
+    """The bundle's description with what was fitted and measured; with `keep_metrics`, also with
+    the metrics of label sets that have no dialogues."""
+    old = bundle.info
+    datasets = [
+        read_dataset(Source(str(path), labels), old.label_set(labels))
+        for labels, path in options.measured
+    ]
+    engines = {
+        labels: replace(
+            Labeler(bundle, label_set=labels, demonstrations=0).engine, temperature=1.0, offsets=()
+        )
+        for labels in dict.fromkeys(d.labels.name for d in datasets)
+    }
+    predicted = [(d.labels.name, predict(engines[d.labels.name], d)) for d in datasets]
+    count = len(options.fitted)
+    calibration = calibrate_sets(predicted[:count], label_shift=options.label_shift)
+    offsets = {k: v for k, v in old.label_offsets.items() if k not in calibration}
+    for labels, fitted in calibration.items():
+        if fitted.scaling.offsets:
+            names = old.label_set(labels).labels
+            offsets[labels] = dict(zip(names, fitted.scaling.offsets, strict=True))
+    temperatures = {k: fitted.scaling.temperature for k, fitted in calibration.items()}
+    info = replace(old, temperatures={**old.temperatures, **temperatures}, label_offsets=offsets)
+    quality = _quality(replace(bundle, info=info), engines, datasets, predicted, calibration)
+    kept = tuple(q for q in old.quality if keep_metrics and q.label_set not in calibration)
+    lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in old.accepted_loss)
+    return replace(
+        info,
+        name=options.name or old.name,
+        accepted_loss=lost,
+        quality=(*kept, *quality),
+        calibration={
+            **(old.calibration if keep_metrics else {}),
+            **{labels: fitted.metrics for labels, fitted in calibration.items()},
+        },
+    )
+
+
 def _quality(
     bundle: Bundle,
     engines: Mapping[str, Engine],
     datasets: Sequence[Dataset],
-    said: Sequence[tuple[str, Predictions]],
+    predicted: Sequence[tuple[str, Predictions]],
     calibration: Mapping[str, Calibrated],
 ) -> list[Quality]:
     """The metrics of each dataset.
@@ -138,7 +147,7 @@ def _quality(
         retriever = open_retriever(bundle, available_threads())
     fitted = {labels: deque(found.predictions) for labels, found in calibration.items()}
     quality = []
-    for name, dataset, (labels, raw) in zip(file_names(datasets), datasets, said, strict=True):
+    for name, dataset, (labels, raw) in zip(file_names(datasets), datasets, predicted, strict=True):
         offsets = info.offsets(dataset.labels)
         scaling = Scaling(info.temperatures.get(labels, 1.0), offsets)
         weight, found = 0.0, scaled(raw, scaling)

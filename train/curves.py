@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.loop import EpochFigures
+from train.progress import EpochFigures
 
 CSV, PNG = "curves.csv", "curves.png"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import FrameType
@@ -25,8 +25,9 @@ from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm, save_tokenizer
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
-from train.loop import DivergedError, EpochFigures, Figures, Fitting, Hooks, metrics_text
+from train.loop import DivergedError, Fitting, Hooks
 from train.model import check_memory, load_trainable
+from train.progress import EpochFigures, Figures, metrics_text
 from train.recipe import Recipe
 from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description
 from train.samples import Sampler, TrainingBank, joined, training_bank
@@ -91,6 +92,80 @@ class _Data:
     test: Sequence[Dataset]
 
 
+@dataclass(frozen=True, slots=True)
+class _Demonstrations:
+    """What questions show: in training, from `banks` by the index of a dataset; in validation, from
+    `retrievers` by label set, and `for_sample` where training dialogues are measured."""
+
+    banks: Mapping[int, TrainingBank] = field(default_factory=dict)
+    retrievers: Mapping[str, Retriever] = field(default_factory=dict)
+    for_sample: Mapping[str, Retriever] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: _Data, sampled: Sequence[Dataset]) -> _Demonstrations:
+        if not (recipe.demonstrations or recipe.demonstrations_shown):
+            return cls()
+        encoder = SentenceEncoder(*encoder_files(recipe.encoder), threads=available_threads())
+        banks = {
+            i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train) if d.has_targets
+        }
+        # A demonstration shows a label, so no dialogue that is measured may be among them.
+        said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
+        retrievers, for_sample = {}, {}
+        for name in {data.train[i].labels.name for i in banks}:
+            own = [bank.bank for i, bank in banks.items() if data.train[i].labels.name == name]
+            retrievers[name] = Retriever(encoder, joined(own))
+            for_sample[name] = Retriever(encoder, joined(own, said))
+        return cls(banks, retrievers, for_sample)
+
+
+@dataclass(slots=True)
+class _RunFolder:
+    """The folder of a run: the weights of the epoch that is kept, and the state to resume from."""
+
+    folder: Path
+    recipe: Recipe
+    packed: PackedModel
+    adapter: Any
+    described: Mapping[str, Any]
+    kept: int = 0
+    """Number of the epoch whose weights are in the folder; 0 before the first one."""
+
+    def clear(self) -> None:
+        """Remove what an earlier run has left."""
+        for name in (DESCRIPTION, STATE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def keep(self, epoch: EpochFigures) -> None:
+        self.kept = epoch.epoch
+        self.write()
+
+    def write(self) -> None:
+        if self.adapter is not None:
+            self.adapter.save_pretrained(self.folder / ADAPTER)
+            return
+        with self.packed.whole() as whole:
+            whole.save_pretrained(self.folder / MODEL)
+        original = AutoTokenizer.from_pretrained(self.recipe.base, trust_remote_code=False)
+        save_tokenizer(original, self.folder / MODEL)  # so that it is a base like any other
+
+    def draw(self, epochs: Sequence[EpochFigures]) -> None:
+        write_curves(self.folder, epochs)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        save_state(self.folder, self.described, {**state, "kept": self.kept})
+
+    def load_kept(self) -> None:
+        """Put the weights that were written into the model."""
+        if self.adapter is not None:
+            weights = load_peft_weights(str(self.folder / ADAPTER), device="cpu")
+            set_peft_model_state_dict(self.adapter, weights)
+            return
+        kept, _ = load_causal_lm(str(self.folder / MODEL))
+        with self.packed.whole() as whole:
+            whole.load_state_dict(kept.state_dict())
+
+
 def _fit(
     recipe: Recipe,
     folder: Path,
@@ -102,62 +177,29 @@ def _fit(
     bfloat16 = accelerator.mixed_precision == "bf16"
     packed, adapter, tokenizer = load_trainable(recipe, accelerator.device, bfloat16=bfloat16)
     sampled = [d.first(recipe.train_sample) for d in data.train if recipe.train_sample]
-    banks: dict[int, TrainingBank] = {}
-    retrievers: dict[str, Retriever] = {}
-    for_sample: dict[str, Retriever] = {}
-    if recipe.demonstrations or recipe.demonstrations_shown:
-        encoder = SentenceEncoder(*encoder_files(recipe.encoder), threads=available_threads())
-        banks = {
-            i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train) if d.has_targets
-        }
-        # A demonstration shows a label: of the dialogues that are measured it must show none.
-        said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
-        for name in {data.train[i].labels.name for i in banks}:
-            own = [bank.bank for i, bank in banks.items() if data.train[i].labels.name == name]
-            retrievers[name] = Retriever(encoder, joined(own))
-            for_sample[name] = Retriever(encoder, joined(own, said))
-    sampler = Sampler(recipe, data.train, tokenizer, banks)
-
-    validation = Validation(packed, tokenizer, recipe, data.valid, retrievers)
-    test = Validation(packed, tokenizer, recipe, data.test, retrievers)
-    sample = Validation(packed, tokenizer, recipe, sampled, for_sample)
+    shown = _Demonstrations.of(recipe, data, sampled)
+    sampler = Sampler(recipe, data.train, tokenizer, shown.banks)
+    validation = Validation(packed, tokenizer, recipe, data.valid, shown.retrievers)
+    test = Validation(packed, tokenizer, recipe, data.test, shown.retrievers)
+    sample = Validation(packed, tokenizer, recipe, sampled, shown.for_sample)
     described = {
         **description(recipe, tokenizer),
         "bfloat16": bfloat16,
         "processes": accelerator.num_processes,
     }
+    run = _RunFolder(folder, recipe, packed, adapter, described)
     state = load_state(folder, described) if options.resume else None
-    if state is None and accelerator.is_main_process:
-        for name in (DESCRIPTION, STATE):  # of a run that this one replaces
-            (folder / name).unlink(missing_ok=True)
-    kept = 0 if state is None else int(state["kept"])
+    if state is not None:
+        run.kept = int(state["kept"])
+    elif accelerator.is_main_process:
+        run.clear()
 
     def evaluate(tasks: Collection[Task]) -> tuple[Figures, Figures]:
         return validation.figures(tasks), sample.figures(tasks)
 
-    def keep(figures: EpochFigures) -> None:
-        nonlocal kept
-        kept = figures.epoch
-        write()
-
-    def write() -> None:
-        if adapter is not None:
-            adapter.save_pretrained(folder / ADAPTER)
-            return
-        with packed.whole() as whole:
-            whole.save_pretrained(folder / MODEL)
-        original = AutoTokenizer.from_pretrained(recipe.base, trust_remote_code=False)
-        save_tokenizer(original, folder / MODEL)  # so that it is a base like any other
-
-    def finished(epochs: Sequence[EpochFigures]) -> None:
-        write_curves(folder, epochs)
-
-    def save(state: Mapping[str, Any]) -> None:
-        save_state(folder, described, {**state, "kept": kept})
-
     outcome: dict[str, Any] = {}
     with _stop_requests() as stopping:
-        hooks = Hooks(evaluate, keep, finished, save, report, stopping)
+        hooks = Hooks(evaluate, run.keep, run.draw, run.save, report, stopping)
         fitting = Fitting(
             packed, sampler, recipe, hooks, accelerator, save_every=options.save_every
         )
@@ -165,31 +207,23 @@ def _fit(
             outcome["epochs"] = fitting.run(state)
         except DivergedError as error:
             if accelerator.is_main_process:
-                if not kept:  # the weights are those of the last step that went well
-                    write()
-                outcome = {"epochs": fitting.finished, "kept": kept, "diverged": True}
+                if not run.kept:  # the weights are those of the last step that went well
+                    run.write()
+                outcome = {"epochs": fitting.finished, "kept": run.kept, "diverged": True}
                 describe(folder, described, tokenizer, **outcome)
             raise DivergedError(f"{error}. {folder} holds what was good before") from error
     if accelerator.is_main_process:
-        outcome["kept"] = kept
+        outcome["kept"] = run.kept
         measured = ""
         if data.test:
-            _load_kept(packed, adapter, folder)
+            run.load_kept()
             outcome["test"] = test.figures(recipe.stages[-1].tasks)
             measured = f"; {metrics_text(outcome['test'])}"
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
-        report(f"{folder}: epoch {kept} is kept{measured}; next: python -m export bundle {folder}")
-
-
-def _load_kept(packed: PackedModel, adapter: Any, folder: Path) -> None:
-    """Put the weights that were written into the model."""
-    if adapter is not None:
-        set_peft_model_state_dict(adapter, load_peft_weights(str(folder / ADAPTER), device="cpu"))
-        return
-    kept, _ = load_causal_lm(str(folder / MODEL))
-    with packed.whole() as whole:
-        whole.load_state_dict(kept.state_dict())
+        report(
+            f"{folder}: epoch {run.kept} is kept{measured}; next: python -m export bundle {folder}"
+        )
 
 
 def _make(folder: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,22 +18,12 @@ from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.scoring.packed_model import PackedModel
 from train.average import Average
+from train.progress import EpochFigures, Figures, TrainingProgress, epoch_summary
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step
 
-_METRIC_FORMATS_EVERY = 15.0
+_REPORT_EVERY = 15.0
 """Seconds between two lines of progress."""
-
-_METRIC_FORMATS = {
-    "weighted_f1": "weighted F1 {:.2%}",
-    "macro_f1": "macro {:.2%}",
-    "log_loss": "log loss {:.3f}",
-    "speaker_accuracy": "speakers {:.2%}",
-}
-"""How progress tells the figures that it tells."""
-
-Figures = Mapping[str, Mapping[str, float]]
-"""Name of a dataset -> its figures."""
 
 
 class DivergedError(ErcbatchError):
@@ -44,68 +34,6 @@ class Interrupted(ErcbatchError):
     """Training was asked to stop; what it came to is saved."""
 
     exit_code = 75
-
-
-@dataclass(frozen=True, slots=True)
-class EpochFigures:
-    """What one epoch came to.
-
-    `losses` maps the stage's tasks to their mean losses, `valid` validation datasets to their
-    figures (see `Validation.figures`), `train` training datasets to those on a sample of them.
-    """
-
-    epoch: int
-    stage: str
-    loss: float
-    losses: Mapping[str, float]
-    seconds: float
-    tokens: int
-    valid: Figures = field(default_factory=dict)
-    train: Figures = field(default_factory=dict)
-
-    @property
-    def score(self) -> float:
-        """What the best epoch is chosen by: the mean weighted F1 over the validation datasets, in a
-        stage without emotions the mean accuracy of the speakers."""
-        for figure in ("weighted_f1", "speaker_accuracy"):
-            values = [f[figure] for f in self.valid.values() if figure in f]
-            if values:
-                return sum(values) / len(values)
-        return 0.0
-
-
-@dataclass(slots=True)
-class TrainingProgress:
-    """How far a run is: finished epochs, and the epoch begun.
-
-    `sums` are the sums of the loss and of each task's loss over the `steps` done of it.
-    """
-
-    finished: list[EpochFigures] = field(default_factory=list)
-    steps: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * (1 + len(TASKS)))
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def epoch(self) -> int:
-        """The number of the epoch begun, from 1."""
-        return len(self.finished) + 1
-
-    @property
-    def means(self) -> list[float]:
-        """The mean loss, and each task's, over the steps done."""
-        return [value / max(1, self.steps) for value in self.sums]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TrainingProgress:
-        """Read what `to_json` gave."""
-        finished = [EpochFigures(**figures) for figures in value["finished"]]
-        return cls(**{**value, "finished": finished})
 
 
 class Objective(nn.Module):
@@ -248,7 +176,7 @@ class Fitting:
             step = epoch[(progress.steps * workers + accelerator.process_index) % len(epoch)]
             self._step(step.to(accelerator.device), weights)
             progress.seconds = time.monotonic() - began
-            if time.monotonic() - spoken > _METRIC_FORMATS_EVERY:
+            if time.monotonic() - spoken > _REPORT_EVERY:
                 spoken = time.monotonic()
                 self._hooks.report(self._status(stage, first, steps))
             stopping, due = self._asked()
@@ -332,7 +260,7 @@ class Fitting:
         self._progress = TrainingProgress([*progress.finished, figures])
         if self._accelerator.is_main_process:
             hooks.finished(self._progress.finished)
-            hooks.report(_summary(figures, sum(s.epochs for s in self._recipe.stages)))
+            hooks.report(epoch_summary(figures, sum(s.epochs for s in self._recipe.stages)))
         self._accelerator.wait_for_everyone()
         self._save()
 
@@ -390,20 +318,3 @@ def _set_generators(states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0].cpu())
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
-
-
-def metrics_text(figures: Figures) -> str:
-    """Figures in words."""
-    return "; ".join(
-        f"{name}: {', '.join(words.format(f[k]) for k, words in _METRIC_FORMATS.items() if k in f)}"
-        for name, f in figures.items()
-    )
-
-
-def _summary(figures: EpochFigures, epochs: int) -> str:
-    parts = [f"epoch {figures.epoch}/{epochs}: loss {figures.loss:.4f} in {figures.seconds:.0f} s"]
-    if figures.valid:
-        parts.append(metrics_text(figures.valid))
-    if figures.train:
-        parts.append(f"training data: {metrics_text(figures.train)}")
-    return "; ".join(parts)
