@@ -237,7 +237,7 @@ def label(trial: Trial, forms: Sequence[str], failed: dict[str, str]) -> dict[st
 
 def measure(trial: Trial, model: str, forms: Sequence[str]) -> dict[str, Any]:
     """All figures; `failed` maps a form to why it has none."""
-    from benchmarks.shapes import write_checkpoint  # torch, which no labelling process needs
+    from benchmarks.lib.shapes import write_checkpoint  # torch, which no labelling process needs
 
     checkpoint = trial.work / "checkpoint"
     parameters = write_checkpoint(checkpoint, model, (*_TEXTS, trial.dialogues))

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.sentences import converse, invent
+from benchmarks.lib.sentences import converse, invent
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labeler import Labeler

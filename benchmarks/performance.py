@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from benchmarks import sections
-from benchmarks.sections import Figures, Section, table
+from benchmarks.lib import sections
+from benchmarks.lib.sections import Figures, Section, table
 from ercbatch.errors import UsageError
 from ercbatch.terminal.stopping import errors
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.sentences import invent
+from benchmarks.lib.sentences import invent
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler

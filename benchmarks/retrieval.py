@@ -44,9 +44,9 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.options import numbers
-from benchmarks.searches import COUNTS, Engine, OwnBank, Peer, Queries, Truth, open_bank
-from benchmarks.sentences import invent
+from benchmarks.lib.options import numbers
+from benchmarks.lib.searches import COUNTS, Engine, OwnBank, Peer, Queries, Truth, open_bank
+from benchmarks.lib.sentences import invent
 from ercbatch.bundle.bundle import encoder_files
 from ercbatch.engine import RETRIEVED_TOGETHER
 from ercbatch.errors import UsageError

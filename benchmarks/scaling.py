@@ -24,8 +24,8 @@ from typing import Any
 
 import click
 
-from benchmarks.options import numbers
-from benchmarks.sentences import converse, invent
+from benchmarks.lib.options import numbers
+from benchmarks.lib.sentences import converse, invent
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.labeler import Labeler

@@ -26,7 +26,7 @@ from pathlib import Path
 import click
 import orjson
 
-from benchmarks.sentences import invent
+from benchmarks.lib.sentences import invent
 from ercbatch.runs.output import JOURNAL
 from ercbatch.terminal.stopping import STOPPED
 

@@ -32,10 +32,10 @@ import click
 import numpy as np
 
 from benchmarks import forms
-from benchmarks.engines import BASELINE, KINDS, EngineProcess
+from benchmarks.lib.engines import BASELINE, KINDS, EngineProcess
+from benchmarks.lib.plan import Plan, Round, plan
 from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
-from benchmarks.plan import Plan, Round, plan
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
@@ -225,7 +225,7 @@ def measure(trial: Trial, source: Path, most: int | None) -> dict[str, Any]:
         ErcbatchError: the dialogues cannot be used.
         RuntimeError: no bundle can be exported.
     """
-    from benchmarks.shapes import write_checkpoint  # torch, which only this needs
+    from benchmarks.lib.shapes import write_checkpoint  # torch, which only this needs
 
     trial.work.mkdir(parents=True, exist_ok=True)
     checkpoint = trial.work / "checkpoint"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, EXAMPLES, python
 
-from benchmarks.shapes import SHAPES, write_checkpoint
+from benchmarks.lib.shapes import SHAPES, write_checkpoint
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 

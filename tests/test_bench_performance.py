@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import CHAT, python
 
+from benchmarks.lib.searches import Truth
+from benchmarks.lib.sentences import converse, invent
 from benchmarks.performance import write_page
-from benchmarks.searches import Truth
-from benchmarks.sentences import converse, invent
 from ercbatch.errors import UsageError
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, text_key
 

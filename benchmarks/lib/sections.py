@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import bars, lines, picture
+from benchmarks.lib.plots import bars, lines, picture
 
 Figures = Mapping[str, Any]
 Section = Callable[[Figures, Path], list[str]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.peers.engine import Order
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PEERS = "benchmarks.peers."
 
 
