@@ -167,8 +167,10 @@ def measure(
 
 
 def show(found: Mapping[str, Profile]) -> Iterator[str]:
-    """The lines of a table: a row for each operator, and for each graph its time in ms, its nodes
-    and its share."""
+    """Lines of a table with a row for each operator.
+
+    For each graph it has the time in ms, the number of nodes and the share of the time.
+    """
     for number, (name, profile) in enumerate(found.items(), start=1):
         figures = profile.to_json()
         yield (

@@ -30,8 +30,10 @@ class Ours(Engine):
         self._threads = order.threads
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to `{"records": [...], "limit": ...}`: seconds, the probabilities [labels] of
-        each utterance with text, and where the limit is asked for, what `Peak.rate` gives.
+        """Answer a request `{"records": [...], "limit": ...}`.
+
+        The answer has the seconds, the probabilities [labels] of each utterance with text and, if
+        the request asks for the limit, the result of `Peak.rate`.
         """
         dialogues = [parse_dialogue(record) for record in request["records"]]
         began = time.perf_counter()

@@ -158,8 +158,10 @@ def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, dict[str, float
 
 
 def spread(lengths: Mapping[str, Mapping[str, float]]) -> float | None:
-    """By how much the dearest length exceeds the cheapest (0.1 is 10 %), from `_FLAT_FROM` turns
-    on; None where fewer than two lengths are."""
+    """How much the most expensive length costs above the cheapest; 0.1 is 10 %.
+
+    Only lengths from `_FLAT_FROM` turns count. None if there are fewer than two.
+    """
     costs = [f["ms_per_utterance"] for turns, f in lengths.items() if int(turns) >= _FLAT_FROM]
     return round(max(costs) / min(costs) - 1, 4) if len(costs) > 1 else None
 

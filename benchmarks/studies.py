@@ -35,8 +35,10 @@ _TRAIN_SAMPLE = 100
 
 
 def ablation(recipe: Recipe) -> Variants:
-    """Each auxiliary task alone, both, none; demonstrations or none; of the gold label or any; the
-    plain prompt."""
+    """Variants without one auxiliary task or all, with other demonstrations, with the plain prompt.
+
+    Demonstrations are shown or not, of the gold label or of any.
+    """
     shown = recipe.demonstrations_shown
     if recipe.demonstrations and not shown:
         raise UsageError("the recipe learns with demonstrations: say how many demonstrations_shown")

@@ -200,8 +200,10 @@ def agreement(
     own: Sequence[Mapping[str, Any]],
     baseline: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
-    """The share of answers that are those of transformers, and how far our probabilities (to six
-    places, as they are written) are from its own."""
+    """Share of answers equal to those of transformers, and largest difference in probability.
+
+    The difference is of our own probabilities alone, to the six places that are written.
+    """
     if not KINDS[name].ours:
         pairs = [p for a, b in zip(own, baseline, strict=True) for p in _pairs(a, b)]
         return {"agreement": round(sum(x == y for x, y in pairs) / len(pairs), 5)}

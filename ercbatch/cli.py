@@ -133,7 +133,7 @@ def main() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Check input and bundle, and estimate the time.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def label(
+def label(  # click passes a parameter for each option
     inputs: tuple[str, ...],
     output: Path | None,
     bundle: str,

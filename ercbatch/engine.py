@@ -227,8 +227,10 @@ class Engine:
         yield _Step(begun, packer.rest())
 
     def _questions(self, entries: Iterable[Entry[T]]) -> Iterator[tuple[Entry[T], list[Question]]]:
-        """Entries with the questions for their utterances; demonstrations are found for several
-        entries of a chunk at once."""
+        """Entries, each with the questions about its utterances.
+
+        Demonstrations are retrieved for several entries of a chunk at once.
+        """
         group: list[tuple[Entry[T], list[int]]] = []
         for entry in entries:
             group.append((entry, entry.dialogue.said if entry.dialogue is not None else []))

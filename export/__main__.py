@@ -117,7 +117,7 @@ def encoder_(source: Path, output: Path, force: bool) -> None:
     "--base-name", help="The base's hub id, or what to call it; default: as the recipe names it."
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-def bundle(
+def bundle(  # click passes a parameter for each option
     source: str,
     output: Path,
     data: Path | None,
@@ -211,7 +211,7 @@ def bundle(
     help="The window moves by so many turns; default: as it is. More is cheaper in long dialogues.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
-def calibrate(
+def calibrate(  # click passes a parameter for each option
     bundle_name: str,
     output: Path,
     given: tuple[str, ...],

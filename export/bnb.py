@@ -76,9 +76,11 @@ def _oriented(module: Any, weight: Tensor) -> Tensor:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """What is not quantized: tables in bfloat16, which halves what is the larger part of a small
-    model's file and rounds far finer than the quantized matrices; vectors (norms, biases), which
-    take no room, as they are."""
+    """A tensor that is not quantized, in the type that is stored.
+
+    Tables are stored in bfloat16: they are most of a small model's file, and bfloat16 rounds far
+    finer than the quantized matrices. Vectors (norms, biases) stay as they are.
+    """
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
 

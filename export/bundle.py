@@ -102,7 +102,7 @@ def run_loader(
         checkpoint, others = source, [str(data)]
         given = Source(str(data), labels or "")
 
-        def load(merged: bool, attention: str | None) -> TrainedRun:
+        def load(merged: bool, attention: str | None) -> TrainedRun:  # noqa: ARG001
             return untrained_run(source, given, wording, attention=attention, dtype=dtype)
 
     with unreadable(source):
@@ -117,7 +117,7 @@ def export_bundle(
     options: BundleOptions,
     *,
     force: bool = False,
-    say: Say = lambda text: None,
+    say: Say = lambda _: None,
 ) -> BundleInfo:
     """Write the bundle of what `load` loads, and describe it; `say` hears of each step.
 

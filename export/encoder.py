@@ -62,7 +62,9 @@ def export_encoder(
     Args:
         source: the folder of a sentence-transformers model with mean pooling, or of a plain
             transformers model, which sentence-transformers pools by the mean too.
+        folder: the folder to write.
         quantize: int8 weights; otherwise float32.
+        force: replace an existing folder.
 
     Raises:
         UsageError: not such a model, or `folder` exists and `force` is not given.

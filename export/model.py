@@ -28,8 +28,9 @@ def traced_attention(source: str) -> str:
 
 
 def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
-    """The float32 graph of a pack: tokens, positions, ends, order [1, length], reads and the inputs
-    of tiles to states [reads, hidden].
+    """Trace the float32 graph that computes the states [reads, hidden] of a pack.
+
+    Its inputs are tokens, positions, ends and order [1, length], reads, and those of the tiles.
 
     The mask is built inside the graph from `ends` and `order`; no vocabulary-sized product is in
     it. `data` as for `Graph`.
@@ -61,8 +62,10 @@ def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:
 
 
 def fitting_dtype(source: str) -> torch.dtype | str:
-    """The type to load a checkpoint's weights in: float32 where that takes no more than half of the
-    free memory, and otherwise the type that they have."""
+    """The type to load a checkpoint's weights in.
+
+    It is float32 if that takes at most half of the free memory, and otherwise the type they have.
+    """
     check_config(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):

@@ -92,8 +92,10 @@ def recalibrate(
 
 
 def _calibrated(bundle: Bundle, options: CalibrateOptions, *, keep_metrics: bool) -> BundleInfo:
-    """The bundle's description with what was fitted and measured; with `keep_metrics`, also with
-    the metrics of label sets that have no dialogues."""
+    """Fit and measure, and return the new description of the bundle.
+
+    With `keep_metrics`, label sets without dialogues keep their metrics.
+    """
     old = bundle.info
     datasets = [
         read_dataset(Source(str(path), labels), old.label_set(labels))

@@ -31,7 +31,7 @@ _FAILURES = (AttributeError, LookupError, OSError, RuntimeError, TypeError, Valu
 
 
 def import_optimum() -> tuple[Any, Any]:
-    """optimum's exporter, and what knows which architectures it exports.
+    """Optimum's exporter, and what knows which architectures it exports.
 
     Raises:
         MissingExtraError: no optimum here, or a transformers that it does not take.

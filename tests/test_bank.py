@@ -205,7 +205,7 @@ def test_only_the_index_that_the_digest_names_is_loaded(
     tmp_path: Path,
     damage: str,
 ) -> None:
-    """hnswlib trusts an index file: an altered one is never loaded, but built again."""
+    """Hnswlib trusts an index file: an altered one is never loaded, but built again."""
     large_bank.save(tmp_path)
     known = digests(tmp_path)
     index = tmp_path / INDEX

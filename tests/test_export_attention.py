@@ -68,8 +68,10 @@ WHOLE = {"bloom", "falcon", "gpt2", "gpt_neox", "phi3"}
 
 @pytest.mark.parametrize("kind", [k for k in ARCHITECTURES if k not in ("mamba", "mpt")])
 def test_a_graph_computes_less_and_the_same(kind: str, tmp_path: Path) -> None:
-    """Rewritten graphs give the states of the model, with the last layer only where one is read,
-    and attention only where a tile sees."""
+    """Rewritten graphs compute the states of the model.
+
+    They compute the last layer only where one is read, and attention only where a tile sees.
+    """
     base = str(write_model(tmp_path, kind))
     model, _ = load_causal_lm(base, attn_implementation=traced_attention(base))
     packed = PackedModel(model.eval())

@@ -320,7 +320,7 @@ def test_a_missing_package_is_named_with_what_to_install(
 
 
 def test_nothing_is_fetched_where_the_package_kernels_is_installed(tmp_path: Path) -> None:
-    """bitsandbytes itself would, on a processor with AVX512-BF16: see `import_bitsandbytes`."""
+    """Bitsandbytes itself would, on a processor with AVX512-BF16: see `import_bitsandbytes`."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): print('fetched')\n")
     done = python(
         "-c",

@@ -162,7 +162,7 @@ def test_padding_does_not_change_a_vector(name: str, request: pytest.FixtureRequ
 
 
 def test_text_like_control_tokens_is_text(folder: Path, encoder: SentenceEncoder) -> None:
-    """ "[SEP]" is five characters of the speaker's, never a mark of the model's."""
+    """A "[SEP]" that a speaker wrote is five characters, never a mark of the model."""
     tokenizer = Tokenizer.from_file(str(folder / "encoder_tokenizer.json"))
     first, last = (tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
     pieces = [tokenizer.token_to_id(p) for p in ("[", "s", "##e", "##p", "]")]

@@ -162,7 +162,7 @@ def test_nothing_imports_kernels(tmp_path: Path) -> None:
 
 
 def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Path) -> None:
-    """transformers takes the names of a stranger's templates for paths (CVE-2026-9856)."""
+    """Transformers takes the names of a stranger's templates for paths (CVE-2026-9856)."""
     base, out = tmp_path / "base", tmp_path / "a" / "b" / "c"
     shutil.copytree(bert, base)
     config = json.loads((base / "tokenizer_config.json").read_text())

@@ -92,7 +92,7 @@ def base(source: Path, output: Path, force: bool) -> None:
     metavar="SECONDS",
     help="How often to save what --resume goes on from.",
 )
-def fit(
+def fit(  # click passes a parameter for each option
     recipe: Path,
     output: Path,
     base_: str | None,
@@ -142,16 +142,16 @@ def fit(
                 wanted, train=tuple(replace(source, leave_out=fold) for source in wanted.train)
             )
         from train.fit import FitOptions, fit_recipe
-        from train.loop import Interrupted
+        from train.loop import InterruptedFitError
 
         try:
             fit_recipe(wanted, output, FitOptions(bf16, resume, save_every), _say)
-        except Interrupted as error:
+        except InterruptedFitError as error:
             arguments = [a for a in sys.argv[1:] if a not in ("--force", "--resume")]
             processes = os.environ.get("WORLD_SIZE", "1")
             start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
             command = shlex.join([*start, "-m", "train", *arguments, "--resume"])
-            raise Interrupted(f"{error}; to go on: {command}") from error
+            raise InterruptedFitError(f"{error}; to go on: {command}") from error
 
 
 @main.command()

@@ -94,8 +94,13 @@ class _Data:
 
 @dataclass(frozen=True, slots=True)
 class _Demonstrations:
-    """What questions show: in training, from `banks` by the index of a dataset; in validation, from
-    `retrievers` by label set, and `for_sample` where training dialogues are measured."""
+    """The demonstrations that questions show.
+
+    Attributes:
+        banks: index of a training dataset -> its bank.
+        retrievers: label set -> the retriever for validation.
+        for_sample: the same for training dialogues that are measured.
+    """
 
     banks: Mapping[int, TrainingBank] = field(default_factory=dict)
     retrievers: Mapping[str, Retriever] = field(default_factory=dict)

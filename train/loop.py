@@ -30,7 +30,7 @@ class DivergedError(ErcbatchError):
     """The loss is no longer a number."""
 
 
-class Interrupted(ErcbatchError):
+class InterruptedFitError(ErcbatchError):
     """Training was asked to stop; what it came to is saved."""
 
     exit_code = 75
@@ -114,7 +114,7 @@ class Fitting:
 
         Raises:
             DivergedError: the loss is no longer a number; what `keep` saved stands.
-            Interrupted: `stopping` said so; the state is saved.
+            InterruptedFitError: `stopping` said so; the state is saved.
             UsageError: too little memory, or a stage without questions.
         """
         if state is not None:
@@ -183,7 +183,9 @@ class Fitting:
             if stopping or due:
                 self._save()
             if stopping:
-                raise Interrupted(f"stopped in epoch {progress.epoch} after {progress.steps} steps")
+                raise InterruptedFitError(
+                    f"stopped in epoch {progress.epoch} after {progress.steps} steps"
+                )
         self._save()
         self._finish_epoch(stage)
 

@@ -39,8 +39,11 @@ class EpochFigures:
 
     @property
     def score(self) -> float:
-        """What the best epoch is chosen by: the mean weighted F1 over the validation datasets, in a
-        stage without emotions the mean accuracy of the speakers."""
+        """The score by which the best epoch is chosen.
+
+        It is the mean weighted F1 over the validation datasets, in a stage without emotions the
+        mean accuracy of the speakers.
+        """
         for figure in ("weighted_f1", "speaker_accuracy"):
             values = [f[figure] for f in self.valid.values() if figure in f]
             if values:

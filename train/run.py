@@ -168,8 +168,9 @@ _WRITTEN = {
 
 
 def _check_adapter(path: Path) -> None:
-    """See that an adapter's configuration says no more than ours do: others of peft's settings
-    name code to import, or patterns that are matched for ever.
+    """Refuse an adapter's configuration that sets more than ours do.
+
+    Other settings of peft name code to import, or patterns whose matching never ends.
 
     Raises:
         UsageError: it does.

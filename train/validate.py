@@ -112,8 +112,10 @@ class Validation:
         ]
 
     def figures(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
-        """Figures by dataset, with the model as it is now: those of `Predictions` for emotions,
-        `speaker_accuracy` for speakers."""
+        """Metrics by dataset, with the model as it is now.
+
+        For emotions they are those of `Predictions`, for speakers `speaker_accuracy`.
+        """
         self._model.eval()
         found: dict[str, dict[str, float]] = {}
         for name, dataset, renderer in self._datasets:

@@ -67,8 +67,10 @@ def bars(
 def lines(
     axes: Axes, points: Points, title: str, labels: tuple[str, str], *, log: str = ""
 ) -> None:
-    """Lines with a mark at each point; `log` names the axes (`x`, `y`, `xy`) that are logarithmic,
-    and the others begin at 0."""
+    """Draw lines with a mark at each point.
+
+    `log` names the axes (`x`, `y`, `xy`) that are logarithmic. The others begin at 0.
+    """
     from matplotlib.ticker import NullFormatter
 
     for i, (name, places) in enumerate(points.items()):

@@ -43,8 +43,10 @@ def _walks(dice: random.Random) -> Iterator[Demonstration]:
 
 
 def converse(texts: Iterable[str], turns: int) -> Iterator[Dialogue]:
-    """Dialogues of two speakers, so many turns each (the last may have fewer), that say these texts
-    in order."""
+    """Dialogues of two speakers that say these texts in order.
+
+    Each has `turns` turns; the last may have fewer.
+    """
     left = iter(texts)
     while said := list(islice(left, turns)):
         yield Dialogue(tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(said)))

@@ -14,8 +14,9 @@ _CACHE_GB = 2
 
 
 class OpenVino(Generator):
-    """`LLMPipeline` with its defaults, which keep prefixes, or with the form `cached`
-    `ContinuousBatchingPipeline`, told to keep them.
+    """OpenVINO GenAI: `LLMPipeline`, or `ContinuousBatchingPipeline` with the form `cached`.
+
+    The first keeps prefixes by default, the second is set to keep them.
 
     The second one too is given one prompt at a time: of prompts that it computes together none can
     find what another one has left.

@@ -81,8 +81,9 @@ def find_bundle(name: str) -> Path:
 
 
 def encoder_files(source: str) -> tuple[Path, Path]:
-    """(model, tokenizer) of a sentence encoder: a folder that `python -m export encoder` wrote, or
-    a bundle, which has one too.
+    """Paths of the model and the tokenizer of a sentence encoder.
+
+    `source` is a folder that `python -m export encoder` wrote, or a bundle.
 
     Raises:
         BundleError: neither.
@@ -179,8 +180,9 @@ def open_bundle(folder: Path) -> Bundle:
 
 @contextmanager
 def wrap_file_errors(folder: Path) -> Iterator[None]:
-    """What libraries say of a bundle's files: digests tell only that they are those that were
-    written, by whomever.
+    """Raise errors of libraries about a bundle's files as errors of the bundle.
+
+    Digests only say that the files are those that were written, not that they are sound.
 
     Raises:
         BundleError: in place of every exception that is not ours.

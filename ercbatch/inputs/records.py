@@ -106,9 +106,10 @@ class Record:
 class Reader:
     """The records of several inputs, in order.
 
-    Lines are split at \\n only; \\r\\n and a byte order mark at the start are tolerated. A line
-    over the limit is skipped without being held in memory. Numbers with a point or an exponent are
-    read as 64-bit floats, integers exactly or not at all; of duplicate keys the last one counts.
+    Lines end with a line feed. A carriage return before it and a byte order mark at the start are
+    tolerated. A line over the limit is skipped without being held in memory. Numbers with a point
+    or an exponent are read as 64-bit floats, integers exactly or not at all. Of duplicate keys the
+    last one counts.
 
     Reject codes: encoding, json, number, too_deep, too_long, text_too_long, too_many_turns, those
     of `parse_dialogue`; and, with all that follows in the file, broken (compressed, and damaged

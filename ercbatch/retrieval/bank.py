@@ -82,14 +82,15 @@ class DemonstrationBank:
         labels: Sequence[str | None] | None = None,
         exclude: Sequence[Collection[str]] | None = None,
     ) -> list[tuple[Demonstration, ...]]:
-        """The most similar demonstrations for each query vector [n, dim].
+        """The most similar demonstrations for each query.
 
         They are taken in rounds, each of which holds the best remaining demonstration of every
         label, by falling similarity. So none of the results shares a label with another until
         every label has come once. Equal similarities rank by place in the bank.
 
         Args:
-            count: how many for each query; fewer come only where the bank has no more.
+            queries: vectors [n, dim].
+            count: how many for each query; fewer only if the bank has no more.
             labels: for each query the only label to return; training's same-label rule. Such a
                 search is exact.
             exclude: for each query the texts never to return (the utterance itself, say), whatever
@@ -216,7 +217,7 @@ def build_bank(
 
 
 def search_breadth(wanted: int, size: int) -> int:
-    """hnswlib's ef: how many elements a search for the `wanted` nearest of `size` keeps in view.
+    """Hnswlib's ef: how many elements a search for the `wanted` nearest of `size` keeps in view.
 
     It grows with the bank, or recall falls: the first three neighbours of real comments, with ef
     at 384, were found to 100 % among 20,000, 99.7 % among 40,000 and 98.3 % among a million. What

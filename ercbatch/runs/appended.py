@@ -37,14 +37,16 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def write_all(file: int, data: bytes | bytearray) -> None:
+    """Write all of the data, in as many calls as it takes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
 
 
 class Appended:
-    """A file that a run adds to: what is written up to a commit stays, what comes after may not.
-    It is locked: no other run adds to it.
+    """A file that a run appends to, locked against other runs.
+
+    Bytes up to a commit stay. Bytes after it may be lost.
 
     Args:
         path: of the file.
@@ -158,6 +160,7 @@ def put_in_place(part: Path, whole: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Bring new names in a folder to the disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # one may write there, and not look
@@ -169,6 +172,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: int, path: Path) -> None:
+    """Lock an open file.
+
+    Raises:
+        UsageError: another run has locked it, or it cannot be locked.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

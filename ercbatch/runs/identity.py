@@ -77,6 +77,11 @@ def identity_of(
 
 
 def check_same(was: dict[str, Any], now: dict[str, Any], files: Files) -> None:
+    """Check that a run may resume another one.
+
+    Raises:
+        UsageError: they differ; the message says in what.
+    """
     found = differences(was, now)
     if found:
         raise UsageError(

@@ -74,11 +74,12 @@ def _is_odd(path: Path) -> bool:
 
 
 def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
-    """See that rejects can be written there, and that it is nothing that is read; unless `always`,
-    nor anything that is there without --force.
+    """Check that rejects can be written to `path`.
+
+    It must not be an input. It must not exist, except with --force or `always`.
 
     Raises:
-        UsageError: they cannot be, or it is.
+        UsageError: they cannot be written there.
     """
     _check_name(path, path.name, "--rejects")
     if not os.path.lexists(path):

@@ -188,8 +188,9 @@ def tiles_of(path: Path, session: onnxruntime.InferenceSession) -> int:
 
 
 def feed(pack: Pack, tile_count: int) -> dict[str, npt.NDArray[np.int64]]:
-    """A pack as the inputs of a graph with so many tiles: `reads` [reads], those of the tokens
-    [1, length], those of the tiles as in `Tiles`.
+    """A pack as the inputs of a graph with `tile_count` tiles.
+
+    `reads` is [reads], inputs for each token are [1, length], those of the tiles as in `Tiles`.
 
     A lone answer is read twice: what is computed in one row alone is rounded in another way.
     """

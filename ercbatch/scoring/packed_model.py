@@ -99,8 +99,9 @@ _BOUNDS = (("layer", 1000), ("expert", 10_000), ("num_labels", 100_000))
 
 
 def refuse_code(place: str, config: Mapping[str, Any]) -> None:
-    """See that a model's configuration, which stands in `place`, asks for no code, nor for more
-    layers and the like than any model has.
+    """Refuse a model's configuration that runs code, or that asks for absurd sizes.
+
+    `place` is where the configuration was read from.
 
     Raises:
         UsageError: it does.

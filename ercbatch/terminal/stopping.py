@@ -81,6 +81,7 @@ class Stopper:
         self.raised: Stopped | None = None
 
     def __call__(self, number: int, frame: object) -> None:
+        """Handle a signal."""
         for each in _STOPPING:
             if signal.getsignal(each) is self:
                 signal.signal(each, signal.SIG_DFL)

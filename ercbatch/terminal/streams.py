@@ -19,8 +19,11 @@ def printable(text: str) -> str:
 
 
 def steady_streams() -> None:
-    """See that no file takes the number of a stream that is closed, that nothing that happens
-    to stderr stops a run, and that a character which stdout cannot show is no error."""
+    """Make the standard streams robust.
+
+    No file takes the number of a closed stream, a failing stderr stops no run, and a character
+    that stdout cannot show is not an error.
+    """
     for number, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)

@@ -17,8 +17,10 @@ _END = np.iinfo(np.int64).max
 
 
 def fuse_rotations(graph: Graph) -> None:
-    """x * cos + rotate_half(x) * sin, the rotary position embedding of Llama and most others
-    (arXiv 2104.09864), where cos and sin [packs, length, size] repeat the same half twice."""
+    """Fuse x * cos + rotate_half(x) * sin, the rotary position embedding (arXiv 2104.09864).
+
+    Llama and most others have it. cos and sin [packs, length, size] repeat the same half twice.
+    """
     prepared: dict[tuple[str, str], list[str]] = {}
     for node in graph.nodes:
         found = _rotation(graph, node) if node.op_type == "Add" else None
@@ -80,8 +82,10 @@ def _unsqueezed(graph: Graph, name: str) -> str | None:
 
 
 def _tables(graph: Graph, cos: str, sin: str, half: str, nodes: list[NodeProto]) -> list[str]:
-    """Position ids [packs, length], and the tables [packs * length, half] that they index: what the
-    operator takes in the place of cos and sin [packs, length, 2 * half]."""
+    """Names of position ids [packs, length] and of the tables [packs * length, half] they index.
+
+    The operator takes them instead of cos and sin [packs, length, 2 * half].
+    """
     constant = graph.constant
     last = constant("last_axis", np.array([-1], np.int64))
     start = constant("slice_start", np.array([0], np.int64))

@@ -276,8 +276,7 @@ def _written(path: Path, name: str, value: npt.NDArray[np.generic]) -> TensorPro
 
 
 def data_file(folder: Path, size: float) -> Path | None:
-    """Where a model of `size` bytes keeps its constants: in a file of their own, or (None) in the
-    graph."""
+    """The file for the constants of a model of `size` bytes; None to keep them in the graph."""
     return folder / bundle.MODEL_DATA if size >= _LARGEST_GRAPH else None
 
 

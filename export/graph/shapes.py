@@ -43,8 +43,9 @@ def infer_shapes(graph: Graph) -> Mapping[str, Shape]:
 
 
 def settle_shapes(graph: Graph) -> None:
-    """Give Reshape and Expand their targets as constants, where at most one size is open, and take
-    the sizes that are known for what they are.
+    """Make the targets of Reshape and Expand constants, if at most one size is open.
+
+    Known sizes become constants too.
 
     They stood at the end of chains that took the sizes of values apart and put them together.
     """

@@ -27,8 +27,11 @@ _ON_SCORES = frozenset("Add Cast Div Identity Mul Sub Tanh".split())
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """The product of queries and keys, what is done to it up to the softmax and from there on, and
-    the product with the values."""
+    """The nodes of one attention.
+
+    These are the product of queries and keys, the nodes up to the softmax and after it, and the
+    product with the values.
+    """
 
     scores: NodeProto
     between: Sequence[NodeProto]

@@ -172,8 +172,9 @@ def fit_temperature(
 def fit_label_shift(
     logs: Floats, gold: npt.NDArray[np.int64], weights: Floats | None = None
 ) -> Scaling:
-    """A temperature and an offset for each label (bias-corrected temperature scaling, Alexandari et
-    al. 2020), under which gold labels [n] are likeliest.
+    """Fit a temperature and an offset for each label to gold labels [n] under logs [n, labels].
+
+    This is bias-corrected temperature scaling (Alexandari et al. 2020).
 
     The loss, summed over the utterances, has a penalty: `_SHRINKAGE` times the sum of the offsets'
     squares. So few utterances move labels little, and a label that they lack stays possible.

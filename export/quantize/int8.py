@@ -120,8 +120,11 @@ def probe() -> ModelProto:
 
 
 def stored_weights(model: ModelProto) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The weights that were quantized here, by name: lookup tables [rows, n] as they were, and
-    matrices [inputs, outputs] as their products take them."""
+    """The quantized weights of a model, by name.
+
+    Lookup tables [rows, n] are as they were, matrices [inputs, outputs] as their products take
+    them.
+    """
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node}
     names = [name.removesuffix(_TABLE) for name in constants if name.endswith(_TABLE)]
@@ -140,10 +143,10 @@ def stored_weights(model: ModelProto) -> tuple[dict[str, Array], dict[str, Array
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A quantized activation: its uint8 values [rows, k], the scale of each row [rows, 1], and the
-    shape that its products have with `lead`ing sizes before the last.
+    """A quantized activation: uint8 values [rows, k] and the scale of each row [rows, 1].
 
-    `columns` are the channels that stand in `floats` [rows, columns] as they were.
+    `lead` are the leading sizes of its products. `columns` are the channels that stand in `floats`
+    [rows, columns] as they were.
     """
 
     values: str

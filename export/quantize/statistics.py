@@ -19,8 +19,13 @@ Fewer would fit the weights to those rows alone."""
 
 @dataclass(slots=True)
 class Statistics:
-    """Of an activation: how many `rows` were seen, the greatest magnitude of each channel
-    (`peaks` [k]), and the sum of the rows' outer products (`correlation` [k, k])."""
+    """Statistics of an activation.
+
+    Attributes:
+        rows: number of rows that were seen.
+        peaks: greatest magnitude of each channel [k].
+        correlation: sum of the outer products of the rows [k, k].
+    """
 
     rows: int
     peaks: Array
