@@ -1,0 +1,59 @@
+"""What others may rely on: the names that the package exports, and the exit codes of its errors."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import ercbatch
+from ercbatch import errors
+from ercbatch.cli import FINISHED_WITH_REJECTS
+from ercbatch.terminal.stopping import CLOSED_PIPE, STOPPED
+
+PUBLIC = [
+    "BundleError",
+    "Dialogue",
+    "ErcbatchError",
+    "InputError",
+    "LabeledDialogue",
+    "Labeler",
+    "MissingExtraError",
+    "RecordError",
+    "UsageError",
+    "Utterance",
+    "UtteranceLabel",
+]
+
+
+def test_public_names() -> None:
+    assert sorted(ercbatch.__all__) == PUBLIC
+    assert all(inspect.isclass(getattr(ercbatch, name)) for name in PUBLIC)
+
+
+def test_documented_errors_are_those_of_the_module() -> None:
+    """The tree in the docstring names every error, below its base, with its exit code."""
+    documented = {}
+    above: list[str] = []
+    for row in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^([│ ├└─]*)(\w+Error)\s+(?:exit (\d+))?", row)
+        if found:
+            depth = len(found[1]) // 4
+            above = [*above[:depth], found[2]]
+            documented[found[2]] = (above[-2] if depth else "Exception", found[3])
+    classes = {
+        name: each
+        for name, each in vars(errors).items()
+        if inspect.isclass(each) and issubclass(each, errors.ErcbatchError)
+    }
+    assert documented.keys() == classes.keys()
+    for name, (base, code) in documented.items():
+        assert classes[name].__bases__[0].__name__ == base
+        if code is not None:
+            assert classes[name].exit_code == int(code)
+
+
+def test_exit_codes() -> None:
+    assert (FINISHED_WITH_REJECTS, STOPPED, CLOSED_PIPE) == (3, 75, 141)
+    assert errors.StoppedError.exit_code == STOPPED
+    codes = {errors.ErcbatchError: 1, errors.UsageError: 2, errors.InputError: 4}
+    assert {each: each.exit_code for each in codes} == codes
