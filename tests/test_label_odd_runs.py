@@ -19,6 +19,8 @@ from conftest import BAD, GOOD, ROOT, cli
 from slow.kill_loop import lines
 from test_label_resume import begun, label
 
+from ercbatch.runs.journal import Journal
+
 
 @pytest.fixture
 def long_source(tmp_path: Path) -> Path:
@@ -120,6 +122,19 @@ def test_a_journal_that_is_none_is_left_alone(
     part.unlink()
     source.with_name("out.rejects.jsonl").unlink()
     assert cli(*asked).returncode == 3
+
+
+def test_resume_refuses_a_journal_of_an_earlier_format(
+    bundle_folder: Path, long_source: Path
+) -> None:
+    out = long_source.with_name("out")
+    stopped(long_source, bundle_folder, out)
+    with Journal(out.with_name("out.journal")) as journal:
+        assert journal.identity is not None
+        journal.begin({**journal.identity, "journal": 3})
+    done = cli("label", long_source, "--bundle", bundle_folder, "-o", out, "--resume")
+    assert done.returncode == 2
+    assert "out.part is of another run (journal: 3, now 4)" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["out.part", "out.rejects.jsonl"])
