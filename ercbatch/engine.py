@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -80,7 +80,7 @@ def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
         thread.join(timeout=0.2)  # unless it waits for input
 
 
-def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Iterator[R]:
+def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Generator[R, None, None]:
     """`act` on each item in one of some threads; the results in the order of the items.
 
     The caller's thread only waits, for signals are handled in no other.

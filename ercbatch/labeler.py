@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -153,7 +153,7 @@ class Labeler:
 
     def label_items(
         self, items: Iterable[tuple[T, Dialogue | None]], written: int = 0
-    ) -> Iterator[tuple[Entry[T], LabeledDialogue | None]]:
+    ) -> Generator[tuple[Entry[T], LabeledDialogue | None], None, None]:
         """Label (origin, dialogue) pairs; a pair without a dialogue passes through in its place.
 
         The entry of each says in which chunk it is. To resume, pass the items from the start of a

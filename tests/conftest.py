@@ -374,6 +374,6 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ROOT / "tests" / "faults" / "faults.c"
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "no C compiler: hnswlib needs one too"
-    build = [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
+    build = (compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl")
     subprocess.run(build, check=True)
     return library

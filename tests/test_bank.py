@@ -34,7 +34,8 @@ Vectors = npt.NDArray[np.float32]
 
 
 def unit(vectors: npt.NDArray[np.float64]) -> Vectors:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / lengths, dtype=np.float32)
 
 
 def texts(found: tuple[Demonstration, ...]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +41,34 @@ def put(*path: str | int, value: Any) -> Callable[[Json], None]:
     return change
 
 
+def each(*path: str | int, values: Iterable[object]) -> list[tuple[tuple[str | int, ...], object]]:
+    return [(path, value) for value in values]
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *((("temperatures",), v) for v in ([], {"meld": "x"}, {"meld": -1.0}, {"meld": 0})),
+        *each("temperatures", values=([], {"meld": "x"}, {"meld": -1.0}, {"meld": 0})),
         (("temperatures",), {"meld": float("nan")}),
-        *((("pack_tokens",), v) for v in ("x", -5, 0, float("nan"), True, 1e9)),
-        *((("demonstrations",), v) for v in ("x", 2.5, -3, 10**6)),
+        *each("pack_tokens", values=("x", -5, 0, float("nan"), True, 1e9)),
+        *each("demonstrations", values=("x", 2.5, -3, 10**6)),
         *((("window", k), v) for k, v in (("turns", 1.5), ("stride", 0), ("future", 3.5))),
         (("window", "max_tokens"), float("nan")),
         (("window", "other"), 1),
-        *((("controls", "start"), v) for v in (["x"], [2**70], [[1]], [10**6], 3)),
-        *((("template",), v) for v in (["x"], "nosuch")),
-        *((("name",), v) for v in (3, "\ud800", None, "a\x1b[2J", "a" * 300)),
-        *((("label_sets", 0, "name"), v) for v in ("\ud800", "a\nb", 3, None)),
-        *((("label_sets", 0, "labels", 0), v) for v in ("\x1b]0;x", "\ud800", "")),
+        *each("controls", "start", values=(["x"], [2**70], [[1]], [10**6], 3)),
+        *each("template", values=(["x"], "nosuch")),
+        *each("name", values=(3, "\ud800", None, "a\x1b[2J", "a" * 300)),
+        *each("label_sets", 0, "name", values=("\ud800", "a\nb", 3, None)),
+        *each("label_sets", 0, "labels", 0, values=("\x1b]0;x", "\ud800", "")),
         (("label_sets", 0, "labels"), [f"label{n}" for n in range(1001)]),
         (("label_sets", 0, "aliases"), {f"alias{n}": "joy" for n in range(60_000)}),
-        *((("quality",), v) for v in ([3], None, {"meld": 3}, {"meld": {"accuracy": "high"}})),
-        *((("calibration",), v) for v in ([], {"meld": {}}, {"meld": []})),
+        *each("quality", values=([3], None, {"meld": 3}, {"meld": {"accuracy": "high"}})),
+        *each("calibration", values=([], {"meld": {}}, {"meld": []})),
         (("data",), "abc"),
         (("label_sets",), []),
         (("form",), "int3"),
-        *((("files",), v) for v in ({}, [], {"../x": {"size": 1, "sha256": ""}})),
-        *((("files", files.MODEL, "size"), v) for v in (1e999, "1", -1)),
+        *each("files", values=({}, [], {"../x": {"size": 1, "sha256": ""}})),
+        *each("files", files.MODEL, "size", values=(1e999, "1", -1)),
         *((("files",), {name: {"size": 1, "sha256": ""}}) for name in ("a\0b", "a\udcff", "", ".")),
     ],
 )
@@ -262,7 +266,8 @@ def test_a_graph_with_an_odd_output_ends_in_a_sentence(
 ) -> None:
     model = onnx.load(copy / files.MODEL)
     (output,) = model.graph.output
-    node = onnx.helper.make_node(operator, [output.name], ["odd"], **attributes)
+    node = onnx.helper.make_node(operator, [output.name], ["odd"])
+    node.attribute.extend(onnx.helper.make_attribute(*item) for item in attributes.items())
     model.graph.node.append(node)
     kind = attributes.get("to", onnx.TensorProto.FLOAT)
     model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("odd", kind, None))

@@ -422,7 +422,7 @@ def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
         (f"emorynlp={VALID}", 2, "has no label set 'emorynlp': choose from meld"),
     ):
         asked = ("calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given)
-        done = CliRunner().invoke(main, list(map(str, asked)))
-        assert done.exit_code == code, done.output
-        assert words in done.output
+        refused = CliRunner().invoke(main, list(map(str, asked)))
+        assert refused.exit_code == code, refused.output
+        assert words in refused.output
     assert not (tmp_path / "no").exists()

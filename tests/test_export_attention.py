@@ -23,6 +23,7 @@ from ercbatch.prompts.packs import Pack, graft, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out, visible
 from ercbatch.scoring.onnx_scorer import feed, tiles_of
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.scorer import StateScorer
 from ercbatch.scoring.tiles import KEYS, cut, levels
 from export.graph.attention import sum_softmax_in_double
 from export.graph.fusions import fuse_rotations
@@ -52,11 +53,13 @@ def test_an_int8_answer_is_that_of_its_separate_prompt(bundle_folder: Path) -> N
 def test_an_answer_read_alone_is_the_same_to_the_last_bit() -> None:
     """A product of one row has a kernel of its own, which adds up in another order."""
     engine = Labeler("mini", demonstrations=0).engine
+    scorer = engine.scorer
+    assert isinstance(scorer, StateScorer)
     given = list(engine.packs(dialogue for _, dialogue in read_dialogues(CHAT)))
     for pack in given:
-        together = engine.scorer.states(pack)
+        together = scorer.states(pack)
         for read, state in zip(pack.reads, together, strict=True):
-            (alone,) = engine.scorer.states(replace(pack, reads=(read,)))
+            (alone,) = scorer.states(replace(pack, reads=(read,)))
             assert np.array_equal(alone, state)
 
 

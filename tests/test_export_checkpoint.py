@@ -92,19 +92,21 @@ def test_what_is_no_checkpoint_is_told(
     assert done.returncode == 4
     assert "output embedding is not its input embedding: train from its base" in done.stderr
 
-    for number, (architecture, code, words) in enumerate(
-        [
-            ({}, 4, "its architecture is not in it"),
-            ({"auto_map": {"AutoModel": "x.Y"}}, 2, "asks to run code"),
-            ({"model_type": "nothing"}, 4, "nothing"),
-            ({"num_hidden_layers": 3}, 4, "layer.2"),
-            ({"intermediate_size": 10**9}, 4, "weight is not in its graph"),
-        ]
-    ):
-        folder = tmp_path / str(number)
+    def altered(folder: Path, architecture: dict[str, object]) -> None:
         shutil.copytree(bundle_folder, folder)
         whole = architecture and {**read_info(folder).architecture, **architecture}
-        describe(folder, lambda value, whole=whole: value.update(architecture=whole))
+        describe(folder, lambda value: value.update(architecture=whole))
+
+    cases: list[tuple[dict[str, object], int, str]] = [
+        ({}, 4, "its architecture is not in it"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, 2, "asks to run code"),
+        ({"model_type": "nothing"}, 4, "nothing"),
+        ({"num_hidden_layers": 3}, 4, "layer.2"),
+        ({"intermediate_size": 10**9}, 4, "weight is not in its graph"),
+    ]
+    for number, (architecture, code, words) in enumerate(cases):
+        folder = tmp_path / str(number)
+        altered(folder, architecture)
         asked = ["checkpoint", str(folder), "-o", str(tmp_path / "no")]
         refused = CliRunner().invoke(main, asked)
         assert refused.exit_code == code, refused.output

@@ -164,8 +164,14 @@ def test_padding_does_not_change_a_vector(name: str, request: pytest.FixtureRequ
 def test_text_like_control_tokens_is_text(folder: Path, encoder: SentenceEncoder) -> None:
     """A "[SEP]" that a speaker wrote is five characters, never a mark of the model."""
     tokenizer = Tokenizer.from_file(str(folder / "encoder_tokenizer.json"))
-    first, last = (tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
-    pieces = [tokenizer.token_to_id(p) for p in ("[", "s", "##e", "##p", "]")]
+
+    def number(token: str) -> int:
+        found = tokenizer.token_to_id(token)
+        assert found is not None
+        return found
+
+    first, last = number("[CLS]"), number("[SEP]")
+    pieces = [number(piece) for piece in ("[", "s", "##e", "##p", "]")]
     session = onnxruntime.InferenceSession(
         folder / "encoder.onnx", providers=["CPUExecutionProvider"]
     )
@@ -173,7 +179,8 @@ def test_text_like_control_tokens_is_text(folder: Path, encoder: SentenceEncoder
     def vector(ids: list[int]) -> npt.NDArray[np.float32]:
         tokens = np.array([ids])
         feed = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-        return session.run(None, feed)[0][0]
+        found: npt.NDArray[np.float32] = session.run(None, feed)[0][0]
+        return found
 
     found = encoder.encode(["[SEP]"])[0]
     assert np.abs(found - vector([first, *pieces, last])).max() < 1e-5

@@ -43,7 +43,7 @@ def test_label_shift_finds_how_common_labels_are() -> None:
     random = np.random.default_rng(3)
     logs = np.log(random.dirichlet(np.ones(LABELS), 4000))
     common = np.array([2.0, 0, 0, 0, -1])
-    gold = np.array([random.choice(LABELS, p=p) for p in calibrated(logs, 1.5, common)])
+    gold = np.array([random.choice(LABELS, p=p) for p in calibrated(logs, 1.5, common.tolist())])
     found = fit_label_shift(logs, gold)
     assert found.temperature == pytest.approx(1.5, rel=0.1)
     offsets = np.array(found.offsets)

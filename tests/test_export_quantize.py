@@ -51,7 +51,8 @@ def run(model: ModelProto, x: npt.NDArray[np.generic]) -> list[Array]:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"x": x})
+    results: list[Array] = session.run(None, {"x": x})
+    return results
 
 
 def product(weight: Array, opset: int = 17) -> ModelProto:
@@ -250,7 +251,7 @@ def test_a_weight_of_two_activations_has_the_float_columns_of_each(
     x: Array, random: np.random.Generator
 ) -> None:
     """Layers that share their weights."""
-    square = random.uniform(-1, 1, (K, K)).astype(np.float32) / K
+    square = random.uniform(-1, 1, (K, K)).astype(np.float32) / np.float32(K)
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["once"]),
         helper.make_node("MatMul", ["once", "w"], ["y"]),

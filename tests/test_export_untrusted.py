@@ -227,10 +227,15 @@ def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path)
     tried("not what the run was validated on", other_valid)
     tried("has no adapter_model.safetensors: train again", pickled)
     tried("not the configuration of an adapter", no_settings)
-    for recipe in (None, [], "x"):
-        tried("not the description of a finished run", lambda _, d, r=recipe: d.update(recipe=r))
+
+    def with_value(**changed: object) -> Callable[[Path, dict[str, Any]], None]:
+        return lambda _, described: described.update(changed)
+
+    recipes: tuple[object, ...] = (None, [], "x")
+    for recipe in recipes:
+        tried("not the description of a finished run", with_value(recipe=recipe))
     for controls in ({}, {"start": 3}, None):
-        tried("not the description", lambda _, d, c=controls: d.update(controls=c))
+        tried("not the description", with_value(controls=controls))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import click
 import orjson
 import pytest
 import zstandard
@@ -25,7 +27,7 @@ from ercbatch.inputs.records import DEFAULT_LIMITS, InputLimits
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
 
 
-def records(data: bytes) -> list[dict]:
+def records(data: bytes) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in data.splitlines()]
 
 
@@ -102,11 +104,13 @@ def test_every_kind_of_bad_line_is_told_where_it_stands(
 
 def test_the_command_line_has_the_limits_of_what_it_runs() -> None:
     # It may not import that before it runs, so it names them itself.
-    defaults = {option.name: option.default for option in command.label.params}
+    options = command.label.params
+    defaults = {o.name: o.default for o in options if isinstance(o.default, int)}
     names = ("max_line_bytes", "max_turns", "max_characters", "max_file_bytes")
     assert InputLimits(*(defaults[name] for name in names)) == DEFAULT_LIMITS
     for subcommand in (command.label, command.bank.commands["build"]):
         (demos,) = (option.type for option in subcommand.params if option.name == "demos")
+        assert isinstance(demos, click.IntRange)
         assert demos.max == MOST_DEMONSTRATIONS
 
 
@@ -126,8 +130,8 @@ def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:
     bomb = cli(*asked, "--max-file-bytes", "300", "-o", tmp_path / "bomb.jsonl")
     assert bomb.returncode == 3
     assert "over 300 bytes" in bomb.stderr
-    (found,) = records((tmp_path / "bomb.jsonl.rejects.jsonl").read_bytes())
-    assert (found["line"], found["code"]) == (3, "file_too_large")
+    (reject,) = records((tmp_path / "bomb.jsonl.rejects.jsonl").read_bytes())
+    assert (reject["line"], reject["code"]) == (3, "file_too_large")
 
 
 def test_a_broken_file_is_one_reject_and_the_others_are_labelled(
@@ -237,7 +241,7 @@ def test_a_signal_stops_a_run_within_seconds(
     bundle_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out]
+    command = (sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stdin is not None
     process.stdin.write(GOOD * 2000)
@@ -271,8 +275,8 @@ def test_a_slow_reader_gets_everything_and_fills_no_memory(
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(GOOD * 8000)
-    command = [sys.executable, "-m", "ercbatch", "label", source, "--bundle", bundle_folder]
-    with subprocess.Popen([*command, "--quiet"], stdout=subprocess.PIPE, cwd=ROOT) as process:
+    command = (sys.executable, "-m", "ercbatch", "label", source, "--bundle", bundle_folder)
+    with subprocess.Popen((*command, "--quiet"), stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         pages = Path(f"/proc/{process.pid}/statm")
         lines = [process.stdout.readline() for _ in range(10)]
@@ -292,8 +296,8 @@ def test_a_slow_reader_gets_everything_and_fills_no_memory(
 def test_demonstrations_and_later_turns_change_what_is_seen(bundle_folder: Path) -> None:
     dialogue = {"utterances": [{"text": "it is gone"}, {"text": "thank you"}]}
 
-    def first(**settings: object) -> float | None:
-        labeler = Labeler(str(bundle_folder), **settings)  # type: ignore[arg-type]
+    def first(demonstrations: int | None = None, context: str = "past") -> float | None:
+        labeler = Labeler(str(bundle_folder), demonstrations=demonstrations, context=context)
         return next(labeler.label([dialogue])).labels[0].confidence
 
     assert len({first(), first(demonstrations=2), first(context="both")}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_whatever_call_fails_the_run_can_go_on(
     code, said, count = outcome(whole, 0)
     assert code == 3, said
     assert count >= 1
-    every = range(1, count + 1)
+    every: Sequence[int] = range(1, count + 1)
     if call == "stopped":  # at the end it matters where; before, one commit is like another
         every = sorted({*every[::4], *every[-2 * LAST_CALLS :]})
     with ThreadPoolExecutor(2) as pool:

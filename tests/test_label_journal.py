@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import Position
-from ercbatch.runs.journal import Commit, Counts, Journal, Prefix, ResumePoint
+from ercbatch.runs.appended import Prefix
+from ercbatch.runs.journal import Commit, Counts, Journal, ResumePoint
 
 COMMIT = Commit(
     ResumePoint(Position(0, 1, 9, 1, 0), 1, Counts(3, 1, 1, 1, 5), 0.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_what_differs_is_counted() -> None:
         {0: np.array([0.4, 0.6]), 3: np.array([0.5, 0.5])},
         {0: np.array([0.75, 0.25]), 3: np.array([0.5, 0.5])},
     )
-    assert found == Found(2, 1, 1, pytest.approx(0.35))
+    assert astuple(found) == (2, 1, 1, pytest.approx(0.35))
 
 
 def test_the_command_says_what_it_compared(bundle_folder: Path) -> None:

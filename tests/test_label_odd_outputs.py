@@ -172,7 +172,8 @@ def test_an_input_that_is_away_for_a_while_is_no_pipe(bundle_folder: Path, tmp_p
     for path, count in zip(paths, (8000, 1), strict=True):
         path.write_bytes(TURNS % (1, b"") * count)
     out, away = tmp_path / "out", tmp_path / "away"
-    asked = (*paths, "--bundle", bundle_folder, "-o", out, "--commit-every", "0.05")
+    asked: tuple[str | Path, ...] = (*paths, "--bundle", bundle_folder, "-o", out)
+    asked += ("--commit-every", "0.05")
     process = label(*asked)
     begun(process, out)
     paths[1].rename(away)

@@ -280,7 +280,7 @@ def test_who_reads_stderr_may_leave(bundle_folder: Path, source: Path) -> None:
 
 def test_a_reader_that_waits_does_not_hold_up_a_signal(bundle_folder: Path, source: Path) -> None:
     source.write_bytes(GOOD * 8000)
-    command = [sys.executable, "-m", "ercbatch", "label", source, "--bundle", bundle_folder]
+    command = (sys.executable, "-m", "ercbatch", "label", source, "--bundle", bundle_folder)
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         process.stdout.readline()

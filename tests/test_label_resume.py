@@ -161,7 +161,7 @@ def test_a_second_signal_ends_it_at_once(
 
 def test_stdin_cannot_be_gone_on_with(bundle_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out]
+    command = (sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     ) as process:
@@ -176,7 +176,7 @@ def test_stdin_cannot_be_gone_on_with(bundle_folder: Path, tmp_path: Path) -> No
     assert process.returncode == 128 + signal.SIGTERM
     assert "stdin and pipes cannot be read again" in said
     for more, words in (("--quiet", "--force begins anew"), ("--resume", "cannot be read again")):
-        done = subprocess.run([*command, more], input=b"", capture_output=True, cwd=ROOT)
+        done = subprocess.run((*command, more), input=b"", capture_output=True, cwd=ROOT)
         assert done.returncode == 2
         assert words in done.stderr.decode()
 

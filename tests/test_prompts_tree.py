@@ -95,7 +95,7 @@ def test_a_later_turn_never_reaches_an_earlier_answer(checkpoint: Path) -> None:
     packed_model = PackedModel(model.eval())
     renderer = Renderer(tokenizer, template("compact"), Window(4, 8), LABELS)
 
-    def states(last: str) -> dict[int, torch.Tensor]:
+    def states(last: str) -> dict[tuple[str, int, int], torch.Tensor]:
         texts = ["it is gone", "what is", "oh no", last]
         dialogue = Dialogue(tuple(Utterance(t, "AB"[i % 2]) for i, t in enumerate(texts)))
         asked = [Question(Task.EMOTION, t) for t in range(4)] + [Question(Task.IMPACT, 3)]
@@ -103,7 +103,7 @@ def test_a_later_turn_never_reaches_an_earlier_answer(checkpoint: Path) -> None:
         with torch.no_grad():
             found = packed_model(*collate([packed]))
         keyed = [(r.question.task.value, r.question.utterance, r.choice) for *_, r in packed.reads]
-        return dict(zip(keyed, found, strict=True))  # type: ignore[arg-type]
+        return dict(zip(keyed, found, strict=True))
 
     one, other = states("thank you"), states("my fridge !")
     for key in one:

@@ -67,5 +67,5 @@ def test_several_labels_are_learnt_in_equal_shares(tmp_path: Path) -> None:
     anger, joy, fear = (one_hot(label_set("ekman").index(x), 7) for x in ("anger", "joy", "fear"))
     assert scene.targets[2] is None
     learnt = [target for target in scene.targets if target is not None]
-    assert np.array_equal(learnt, [anger, (anger + joy) / 2, fear])
+    assert np.array_equal(learnt, [anger, (anger + joy) / np.float32(2), fear])
     assert [u.label for u in scene.dialogue.utterances] == [None, None, None, "fear"]

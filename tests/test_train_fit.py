@@ -95,7 +95,8 @@ def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
         sampler = Sampler(recipe(), [dataset(changed)], tokenizer, {})
         (step,) = sampler.epoch(1, [Task.EMOTION, Task.IMPACT])
         with torch.no_grad():
-            return packed(*step.batch)
+            found: torch.Tensor = packed(*step.batch)
+        return found
 
     original = states(scene(*said))
     # In order of the prompts' ends: emotion 0, impact 1, emotion 1, impact 2, emotion 2, ...

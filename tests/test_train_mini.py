@@ -48,11 +48,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (f"{next(lines)}\t{1 + number % 8}\n" for number in range(40))
     (folder / "xed" / "en-annotated.tsv").write_text("".join(rows))
     for part in ("train", "valid", "held-out"):
-        dialogues = (
+        written = (
             {"utterances": [{"text": next(lines), "label": MELD[(d + t) % 7]} for t in range(4)]}
             for d in range(8)
         )
-        text = "".join(json.dumps(dialogue) + "\n" for dialogue in dialogues)
+        text = "".join(json.dumps(dialogue) + "\n" for dialogue in written)
         (folder / "written" / f"written-{part}.jsonl").write_text(text)
     for split in ("freq", "rare"):
         chats = {

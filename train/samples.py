@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -101,6 +101,9 @@ class Epoch:
 
     def __getitem__(self, number: int) -> Step:
         return self._step(self._packs[number])
+
+    def __iter__(self) -> Iterator[Step]:
+        return map(self._step, self._packs)
 
     @property
     def longest(self) -> int:

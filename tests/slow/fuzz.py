@@ -33,7 +33,8 @@ from ercbatch.inputs.records import InputLimits, Reader, dump_record
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
-from ercbatch.runs.journal import Commit, Journal, Prefix, ResumePoint
+from ercbatch.runs.appended import Prefix
+from ercbatch.runs.journal import Commit, Journal, ResumePoint
 from ercbatch.runs.output import Files
 from ercbatch.runs.preflight import RunOptions
 from ercbatch.runs.run import run_label
