@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -266,16 +267,41 @@ def write_sentence_encoder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["bert", "llama", "gpt_neox"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of each architecture."""
-    return write_model(tmp_path_factory.mktemp("model"), request.param)
+Shared = Callable[[str, Callable[[Path], object]], Path]
+"""(name, what fills a folder) -> the folder of that name."""
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Folders that are filled once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own in it
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        path = base / "shared" / name
+        path.mkdir(parents=True, exist_ok=True)
+        complete = path.with_name(f"{name}.complete")
+        with path.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                fill(path)
+                complete.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bert", "llama", "gpt_neox"])
+def checkpoint(request: pytest.FixtureRequest, shared: Shared) -> Path:
+    """A tiny checkpoint of each architecture."""
+    return shared(request.param, lambda folder: write_model(folder, request.param))
+
+
+@pytest.fixture(scope="session")
+def bert(shared: Shared) -> Path:
     """The tiny BERT decoder."""
-    return write_model(tmp_path_factory.mktemp("bert"), "bert")
+    return shared("bert", lambda folder: write_model(folder, "bert"))
 
 
 @pytest.fixture(scope="session")
@@ -284,29 +310,32 @@ def tokenizer(bert: Path) -> SegmentTokenizer:
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(shared: Shared) -> Path:
     """A checkpoint of random weights, whose answers four bits change."""
-    return write_model(tmp_path_factory.mktemp("llama"), "llama")
+    return shared("llama", lambda folder: write_model(folder, "llama"))
 
 
 @pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(shared: Shared) -> Path:
     """A tiny sentence encoder, exported by the real command."""
-    source = write_sentence_encoder(tmp_path_factory.mktemp("sbert"))
-    folder = tmp_path_factory.mktemp("encoder")
-    done = python("-m", "export", "encoder", source, "-o", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    source = shared("sbert", write_sentence_encoder)
+
+    def export(folder: Path) -> None:
+        done = python("-m", "export", "encoder", source, "-o", folder / "encoder")
+        assert done.returncode == 0, done.stderr
+
+    return shared("encoder", export) / "encoder"
 
 
 @pytest.fixture(scope="session")
-def trained(bert: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(bert: Path, encoder_folder: Path, shared: Shared) -> Path:
     """A run folder of the real `python -m train fit`: LoRA, all tasks, demonstrations."""
-    folder = tmp_path_factory.mktemp("train")
     data = EXAMPLES / "labelled_chat.jsonl"
-    recipe = folder / "recipe.toml"
-    recipe.write_text(
-        f"""
+
+    def fit(folder: Path) -> None:
+        recipe = folder / "recipe.toml"
+        recipe.write_text(
+            f"""
 base = {json.dumps(str(bert))}
 encoder = {json.dumps(str(encoder_folder))}
 template = "compact"
@@ -332,27 +361,28 @@ labels = "meld"
 path = {json.dumps(str(data))}
 labels = "meld"
 """,
-        encoding="utf-8",
-    )
-    done = python("-m", "train", "fit", recipe, "-o", folder / "run")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+            encoding="utf-8",
+        )
+        done = python("-m", "train", "fit", recipe, "-o", folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return shared("train", fit) / "run"
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(
-    trained: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def bundle_folder(trained: Path, encoder_folder: Path, shared: Shared) -> Path:
     """A bundle of the real `python -m export bundle`."""
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = python(
-        *("-m", "export", "bundle", trained, "-o", folder, "--name", "tiny"),
-        *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
-        *("--licence", "Apache-2.0", "--provenance", "dialogues of this project"),
-        "--accept-loss",  # half trained, it is sure of nothing: a rounding changes labels
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def export(folder: Path) -> None:
+        done = python(
+            *("-m", "export", "bundle", trained, "-o", folder / "tiny", "--name", "tiny"),
+            *("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl"),
+            *("--licence", "Apache-2.0", "--provenance", "dialogues of this project"),
+            "--accept-loss",  # half trained, it is sure of nothing: a rounding changes labels
+        )
+        assert done.returncode == 0, done.stderr
+
+    return shared("bundle", export) / "tiny"
 
 
 GOOD = b'{"utterances": [{"text": "it is gone", "scores": {"old": 1}}]}\n'
@@ -368,12 +398,16 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def faults(shared: Shared) -> Path:
     """The library that lets system calls fail."""
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
     source = ROOT / "tests" / "faults" / "faults.c"
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "no C compiler: hnswlib needs one too"
-    build = (compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl")
-    subprocess.run(build, check=True)
-    return library
+
+    def build(folder: Path) -> None:
+        library = folder / "faults.so"
+        subprocess.run(
+            (compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"), check=True
+        )
+
+    return shared("faults", build) / "faults.so"
