@@ -315,7 +315,7 @@ def _engines(_: click.Context, __: click.Parameter, value: str | None) -> list[s
 @click.option("--template", default="paper", show_default=True)
 @click.option(
     "--demonstrations",
-    type=click.IntRange(0, files.MOST_DEMONSTRATIONS),
+    type=click.IntRange(0, files.MAX_DEMONSTRATIONS),
     default=0,
     show_default=True,
     help="That each prompt shows, of the bank of the bundle mini.",

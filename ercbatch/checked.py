@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 _LONGEST_NAME = 200
 
 
@@ -40,7 +40,7 @@ def strings(value: object) -> tuple[str, ...]:
     return tuple(map(string, value))
 
 
-def integer(value: object, low: int = 0, high: int = LARGEST) -> int:
+def integer(value: object, low: int = 0, high: int = INT32_MAX) -> int:
     """An integer from low to high.
 
     Raises:
@@ -53,7 +53,7 @@ def integer(value: object, low: int = 0, high: int = LARGEST) -> int:
     return value
 
 
-def number(value: object, low: float = -LARGEST, high: float = LARGEST) -> float:
+def number(value: object, low: float = -INT32_MAX, high: float = INT32_MAX) -> float:
     """A number from low to high, an integer or not.
 
     Raises:

@@ -20,7 +20,7 @@ from ercbatch.terminal.streams import printable, steady_streams
 FINISHED_WITH_REJECTS = 3
 _PATIENCE = 2.0
 """Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
-_LARGEST = 1 << 62
+_MAX_COUNT = 1 << 62
 """Upper end of the options that count; every library takes it."""
 _PUBLISHERS = ("meld", "emorynlp", "iemocap", "goemotions", "topical-chat", "xed")
 
@@ -78,7 +78,7 @@ def main() -> None:
 )
 @click.option(
     "--max-line-bytes",
-    type=click.IntRange(1, _LARGEST),
+    type=click.IntRange(1, _MAX_COUNT),
     default=16 << 20,
     show_default=True,
     metavar="N",
@@ -86,7 +86,7 @@ def main() -> None:
 )
 @click.option(
     "--max-turns",
-    type=click.IntRange(1, _LARGEST),
+    type=click.IntRange(1, _MAX_COUNT),
     default=100_000,
     show_default=True,
     metavar="N",
@@ -94,7 +94,7 @@ def main() -> None:
 )
 @click.option(
     "--max-characters",
-    type=click.IntRange(1, _LARGEST),
+    type=click.IntRange(1, _MAX_COUNT),
     default=1_000_000,
     show_default=True,
     metavar="N",
@@ -102,7 +102,7 @@ def main() -> None:
 )
 @click.option(
     "--max-file-bytes",
-    type=click.IntRange(1, _LARGEST),
+    type=click.IntRange(1, _MAX_COUNT),
     default=1 << 40,
     show_default=True,
     metavar="N",
@@ -185,19 +185,19 @@ def label(  # click passes a parameter for each option
             return labeler
 
         source = click.get_current_context().get_parameter_source
-        asked = ParameterSource.COMMANDLINE  # and not by the environment, for all commands
-        if resume and force and asked in (source("resume"), source("force")):
-            resume, force = source("resume") == asked, source("force") == asked
+        command_line = ParameterSource.COMMANDLINE  # and not by the environment, for all commands
+        if resume and force and command_line in (source("resume"), source("force")):
+            resume, force = source("resume") == command_line, source("force") == command_line
         if not math.isfinite(commit_every):
             raise UsageError("--commit-every is no number of seconds")
         if output == Path("-"):
             output = None
         if output is not None and not output.name:
             raise UsageError("--output is empty: is a variable of yours not set?")
-        own = Files.of(output, rejects).left() if output else ()
+        outputs = Files.of(output, rejects).earlier_outputs() if output else ()
         stop.patience = _PATIENCE if output is None else None
         options = RunOptions(
-            inputs=tuple(expand_inputs(inputs, own)),
+            inputs=tuple(expand_inputs(inputs, outputs)),
             output=output,
             rejects=rejects,
             max_errors=max_errors,
@@ -285,11 +285,11 @@ def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
 
         records = (dialogue.record for _, dialogue in read_dialogues(labelled))
         labels = find_label_set(label_set) if label_set else None
-        found = evaluate_records(records, labels)
+        results = evaluate_records(records, labels)
         if as_json:
-            click.echo(json.dumps(found.to_json()))
+            click.echo(json.dumps(results.to_json()))
         else:
-            print_evaluation(found)
+            print_evaluation(results)
 
 
 @main.group()
@@ -325,10 +325,10 @@ def bundle_verify(name: str) -> None:
         count, size = len(opened.info.files), opened.size() / 1e6
         try:
             smoke_test(opened)
-            tried = "it labels"
+            outcome = "it labels"
         except MissingExtraError as error:
-            tried = f"not tried: {error}"
-        click.echo(f"{opened.folder}: whole: {count} files, {size:.1f} MB; {tried}")
+            outcome = f"not tried: {error}"
+        click.echo(f"{opened.folder}: whole: {count} files, {size:.1f} MB; {outcome}")
 
 
 @main.group()
@@ -366,10 +366,12 @@ def bank_build(
     with errors():
         from ercbatch.retrieval.rebuild import rebuild_with_examples
 
-        count, doubt = rebuild_with_examples(examples, name, output, label_set, demos, force=force)
+        count, warning = rebuild_with_examples(
+            examples, name, output, label_set, demos, force=force
+        )
     click.echo(f"{output}: {count:,} demonstrations", err=True)
-    if doubt is not None:
+    if warning is not None:
         click.echo(
-            f"warning: {doubt}: compare it with the old one by `ercbatch evaluate` first",
+            f"warning: {warning}: compare it with the old one by `ercbatch evaluate` first",
             err=True,
         )

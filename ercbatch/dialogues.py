@@ -83,7 +83,7 @@ class LabeledDialogue:
         key = turns_key(record)
         record[key] = [
             {
-                **{name: own for name, own in turn.items() if name != "scores"},
+                **{name: value for name, value in turn.items() if name != "scores"},
                 "emotion": label.emotion,
                 "confidence": label.confidence,
                 **({} if label.scores is None else {"scores": dict(label.scores)}),

@@ -31,7 +31,7 @@ Answer = tuple[int, int, npt.NDArray[np.float64]]
 """(number of the item, utterance, probabilities [labels])."""
 
 _REPAIR = "export the bundle again"
-_AHEAD = 4
+_PREFETCHED_PACKS = 4
 """Packs that are rendered before they can be scored."""
 RETRIEVED_TOGETHER = 64
 """Utterances that the sentence encoder embeds in one call, at least."""
@@ -86,22 +86,22 @@ def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Genera
     The caller's thread only waits, for signals are handled in no other.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
-    running: deque[Future[R]] = deque()
-    patient = True
+    futures: deque[Future[R]] = deque()
+    wait = True
     ahead = threads if threads > 1 else 0  # one waits, so that no thread does
     try:
         for item in source:
-            running.append(pool.submit(act, item))
-            if len(running) > ahead:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+            futures.append(pool.submit(act, item))
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     except BaseException as error:
         # Who stops a run wants to commit now, not after a long pack.
-        patient = isinstance(error, Exception | GeneratorExit)
+        wait = isinstance(error, Exception | GeneratorExit)
         raise
     finally:
-        pool.shutdown(wait=patient, cancel_futures=True)
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ class Entry(Generic[T]):
 class _Step(Generic[T]):
     """A pack, or None at the end of a chunk, and the entries that began since the last one."""
 
-    begun: list[Entry[T]]
+    entries: list[Entry[T]]
     pack: Pack | None
 
 
@@ -170,19 +170,19 @@ class Engine:
         To resume, pass the items from the start of a chunk. The first `written` of them are not
         yielded, and packs that hold nothing else are not scored.
         """
-        waiting: dict[int, Entry[T]] = {}
-        begun = written
-        packs = prefetch(self._steps(items, written), _AHEAD)
-        for entries, answers in in_order(self._answered, packs, self.scorer.parallel_packs):
+        pending: dict[int, Entry[T]] = {}
+        next_number = written
+        packs = prefetch(self._steps(items, written), _PREFETCHED_PACKS)
+        for entries, answers in in_order(self._answer, packs, self.scorer.parallel_packs):
             for entry in entries:
-                waiting[begun] = entry
-                begun += 1
+                pending[next_number] = entry
+                next_number += 1
             for number, utterance, probabilities in answers:
                 if number >= written:
-                    waiting[number].rows[utterance] = probabilities
-                    waiting[number].unanswered -= 1
-            while waiting and not waiting[first := next(iter(waiting))].unanswered:
-                yield waiting.pop(first)
+                    pending[number].rows[utterance] = probabilities
+                    pending[number].unanswered -= 1
+            while pending and not pending[first := next(iter(pending))].unanswered:
+                yield pending.pop(first)
 
     def questions(self, dialogue: Dialogue) -> list[Question]:
         """The questions that labelling asks about a dialogue, with their demonstrations."""
@@ -195,36 +195,36 @@ class Engine:
             if step.pack is not None:
                 yield step.pack
 
-    def _answered(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
+    def _answer(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
         if step.pack is None:
-            return step.begun, []
+            return step.entries, []
         with foreign_errors(BundleError, "the model is not what it should be", _REPAIR):
-            found = list(self.scorer.answers(step.pack, self.renderer.trie))
-        return step.begun, [
-            (number, t, calibrated(logs, self.temperature, self.offsets))
-            for number, t, logs in found
+            answers = list(self.scorer.answers(step.pack, self.renderer.trie))
+        return step.entries, [
+            (number, t, calibrated(log_probabilities, self.temperature, self.offsets))
+            for number, t, log_probabilities in answers
         ]
 
     def _steps(
         self, items: Iterable[tuple[T, Dialogue | None]], written: int
     ) -> Iterator[_Step[T]]:
         packer = Packer(self.longest_pack, len(self.renderer.head))
-        begun: list[Entry[T]] = []
+        entries: list[Entry[T]] = []
         for number, (entry, questions) in enumerate(self._questions(_entries(items))):
             entry.unanswered = len(questions)
             if number >= written:
-                begun.append(entry)
+                entries.append(entry)
             if entry.dialogue is not None and questions:
                 for tree in self.renderer.trees(entry.dialogue, questions):
                     pack = packer.add(number, tree)
                     if pack is not None and _has_unwritten(pack, written):
-                        yield _Step(begun, pack)
-                        begun = []
+                        yield _Step(entries, pack)
+                        entries = []
             if entry.ends_chunk:
-                pack = packer.rest()
-                yield _Step(begun, pack if pack and _has_unwritten(pack, written) else None)
-                begun = []
-        yield _Step(begun, packer.rest())
+                pack = packer.flush()
+                yield _Step(entries, pack if pack and _has_unwritten(pack, written) else None)
+                entries = []
+        yield _Step(entries, packer.flush())
 
     def _questions(self, entries: Iterable[Entry[T]]) -> Iterator[tuple[Entry[T], list[Question]]]:
         """Entries, each with the questions about its utterances.
@@ -234,7 +234,7 @@ class Engine:
         group: list[tuple[Entry[T], list[int]]] = []
         for entry in entries:
             group.append((entry, entry.dialogue.said if entry.dialogue is not None else []))
-            size = sum(len(asked) for _, asked in group)
+            size = sum(len(utterances) for _, utterances in group)
             if self.retriever is None or entry.ends_chunk or size >= RETRIEVED_TOGETHER:
                 yield from self._with_demonstrations(group)
                 group = []
@@ -243,19 +243,19 @@ class Engine:
     def _with_demonstrations(
         self, group: Iterable[tuple[Entry[T], list[int]]]
     ) -> Iterator[tuple[Entry[T], list[Question]]]:
-        shown: Iterator[tuple[tuple[str, str], ...]] = iter(())
+        demonstrations: Iterator[tuple[tuple[str, str], ...]] = iter(())
         if self.retriever is not None and self.demonstrations:
             texts = [
                 entry.dialogue.utterances[t].text
-                for entry, asked in group
+                for entry, utterances in group
                 if entry.dialogue is not None
-                for t in asked
+                for t in utterances
             ]
             if texts:
                 with foreign_errors(BundleError, "the encoder is not what it should be", _REPAIR):
-                    shown = iter(self.retriever.demonstrations(texts, self.demonstrations))
-        for entry, asked in group:
-            yield entry, [Question(Task.EMOTION, t, next(shown, ())) for t in asked]
+                    demonstrations = iter(self.retriever.demonstrations(texts, self.demonstrations))
+        for entry, utterances in group:
+            yield entry, [Question(Task.EMOTION, t, next(demonstrations, ())) for t in utterances]
 
 
 def _entries(items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[Entry[T]]:
@@ -265,9 +265,9 @@ def _entries(items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[Entry[T]]:
         if index == 0:
             chunk = origin
         size += dialogue.size if dialogue is not None else 0
-        ends = index + 1 == _CHUNK_ITEMS or size >= _CHUNK_BYTES
-        yield Entry(origin, dialogue, chunk, index, ends)
-        index, size = (0, 0) if ends else (index + 1, size)
+        ends_chunk = index + 1 == _CHUNK_ITEMS or size >= _CHUNK_BYTES
+        yield Entry(origin, dialogue, chunk, index, ends_chunk)
+        index, size = (0, 0) if ends_chunk else (index + 1, size)
 
 
 def _has_unwritten(pack: Pack, written: int) -> bool:

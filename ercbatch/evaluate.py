@@ -25,7 +25,7 @@ _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
-class LabelFigures:
+class LabelMetrics:
     """Figures of one label, 0 to 1; `support` counts its gold utterances."""
 
     precision: float
@@ -52,7 +52,7 @@ class Evaluation:
     macro_f1: float
     accuracy: float
     ece: float
-    per_label: Mapping[str, LabelFigures]
+    per_label: Mapping[str, LabelMetrics]
     confusion: npt.NDArray[np.int64]
     """Gold in rows, predicted in columns, in the order of `labels`."""
     coverage: tuple[CoveragePoint, ...]
@@ -86,7 +86,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Prediction:
     """One utterance: gold label, predicted label or None, and its confidence."""
 
     gold: str
@@ -94,7 +94,7 @@ class Judged:
     confidence: float
 
 
-def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
+def read_predictions(records: Iterable[Mapping[str, Any]]) -> Iterator[Prediction | None]:
     """The utterances of labelled records; None for one without a gold label or without text.
 
     Raises:
@@ -114,7 +114,7 @@ def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
             if utterance.blank or not (utterance.label or "").strip():
                 yield None
             elif isinstance(confidence, int | float) and 0 <= confidence <= 1:
-                yield Judged(utterance.label or "", emotion, float(confidence))
+                yield Prediction(utterance.label or "", emotion, float(confidence))
             else:
                 raise InputError(
                     f"dialogue {number}: the confidence of an emotion is {confidence!r}, not "
@@ -122,24 +122,24 @@ def judged(records: Iterable[Mapping[str, Any]]) -> Iterator[Judged | None]:
                 )
 
 
-def guess_label_set(found: Sequence[Judged]) -> LabelSet:
+def guess_label_set(predictions: Sequence[Prediction]) -> LabelSet:
     """The smallest built-in label set that all predictions and gold labels belong to.
 
     Predictions belong under the set's own names, gold labels under any spelling that it knows.
     Where none fits, the labels found are the set.
     """
-    predicted = {j.predicted for j in found if j.predicted is not None}
-    gold = {j.gold for j in found}
-    fitting = [
+    predicted = {p.predicted for p in predictions if p.predicted is not None}
+    gold = {p.gold for p in predictions}
+    candidates = [
         s
         for s in map(label_set, label_set_names())
         if predicted <= set(s.labels) and all(s.canonical(label) for label in gold)
     ]
-    if fitting:
-        return min(fitting, key=len)
+    if candidates:
+        return min(candidates, key=len)
     # The same label in other letters is one label, under the name that predictions give it.
-    spelled = {name.casefold(): name for name in (*sorted(gold), *sorted(predicted))}
-    labels = tuple(sorted(spelled.values()))
+    names = {name.casefold(): name for name in (*sorted(gold), *sorted(predicted))}
+    labels = tuple(sorted(names.values()))
     return LabelSet("labels of the file", labels if len(labels) > 1 else (*labels, "(other)"))
 
 
@@ -149,30 +149,30 @@ def evaluate(records: Iterable[Mapping[str, Any]], labels: LabelSet | None = Non
     Raises:
         InputError: no gold label at all, one outside the label set, or unlabelled records.
     """
-    every = list(judged(records))
-    found = [j for j in every if j is not None]
-    if not found:
+    utterances = list(read_predictions(records))
+    predictions = [p for p in utterances if p is not None]
+    if not predictions:
         raise InputError("no utterance has a gold `label`: there is nothing to evaluate")
-    labels = labels or guess_label_set(found)
-    gold = np.array([_index(labels, j.gold) for j in found])
+    labels = labels or guess_label_set(predictions)
+    gold = np.array([_index(labels, p.gold) for p in predictions])
     predicted = np.array(
-        [-1 if j.predicted is None else _index(labels, j.predicted) for j in found]
+        [-1 if p.predicted is None else _index(labels, p.predicted) for p in predictions]
     )
-    confidence = np.array([j.confidence for j in found])
-    return evaluation(labels, gold, predicted, confidence, len(every) - len(found))
+    confidence = np.array([p.confidence for p in predictions])
+    return evaluation(labels, gold, predicted, confidence, len(utterances) - len(predictions))
 
 
 def _index(labels: LabelSet, name: str) -> int:
-    own = labels.canonical(name)
-    if own is None:
+    label = labels.canonical(name)
+    if label is None:
         raise InputError(
             f"label {name!r} is not in the label set {labels.name} ({', '.join(labels.labels)}): "
             "name the right one with --label-set"
         )
-    return labels.index(own)
+    return labels.index(label)
 
 
-def f1_figures(
+def f1_metrics(
     gold: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], labels: int
 ) -> tuple[float, float, float]:
     """(weighted F1, macro F1, accuracy) of label indices [n]; -1 is an abstention."""
@@ -220,7 +220,7 @@ def evaluation(
 ) -> Evaluation:
     """The evaluation of label indices [n]; a prediction of -1 is an abstention."""
     f1, precision, recall, support, confusion = _per_label(gold, predicted, len(labels))
-    weighted, macro, accuracy = f1_figures(gold, predicted, len(labels))
+    weighted, macro, accuracy = f1_metrics(gold, predicted, len(labels))
     answered = predicted >= 0
     right = gold == predicted
     return Evaluation(
@@ -233,7 +233,7 @@ def evaluation(
         accuracy=accuracy,
         ece=expected_calibration_error(confidence[answered], right[answered]),
         per_label={
-            name: LabelFigures(float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]))
+            name: LabelMetrics(float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]))
             for i, name in enumerate(labels.labels)
         },
         confusion=confusion,
@@ -250,8 +250,8 @@ def coverage_points(
 
     Abstentions come last and count as errors, so the points beyond the share answered say little.
     """
-    last = np.zeros(len(right), bool) if answered is None else ~answered
-    order = np.lexsort((-confidence, last))
+    abstained = np.zeros(len(right), bool) if answered is None else ~answered
+    order = np.lexsort((-confidence, abstained))
     wrong_so_far = np.cumsum(~right[order])
     points = []
     for coverage in _COVERAGES:
@@ -261,35 +261,35 @@ def coverage_points(
     return tuple(points)
 
 
-def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+def print_evaluation(results: Evaluation, console: Console | None = None) -> None:
     """Print the tables of an evaluation (by default to stdout)."""
     # Labels come from the file: they are neither markup nor terminal controls.
     console = console or Console(highlight=False, markup=False)
-    names = [printable(name) for name in found.labels]
+    names = [printable(name) for name in results.labels]
     # rich cuts a table to the width, and takes a pipe for 80 columns.
     console.width = max(console.width, max(map(len, names)) + 12 * len(names))
-    answered = found.utterances - found.abstained
-    told = f"{answered / found.utterances:.1%} answered"
-    if found.abstained:
-        right = found.accuracy * found.utterances / max(1, answered)
-        told += f", {right:.1%} of them right; what is not answered counts as wrong below"
+    answered = results.utterances - results.abstained
+    summary = f"{answered / results.utterances:.1%} answered"
+    if results.abstained:
+        right = results.accuracy * results.utterances / max(1, answered)
+        summary += f", {right:.1%} of them right; what is not answered counts as wrong below"
     console.print(
-        f"{found.utterances:,} utterances ({found.unlabelled:,} more without gold label or text), "
-        f"{told}\n"
-        f"weighted F1 {found.weighted_f1:.2%}   macro F1 {found.macro_f1:.2%}   "
-        f"accuracy {found.accuracy:.2%}   calibration error {found.ece:.3f}",
+        f"{results.utterances:,} utterances ({results.unlabelled:,} more without gold label or "
+        f"text), {summary}\n"
+        f"weighted F1 {results.weighted_f1:.2%}   macro F1 {results.macro_f1:.2%}   "
+        f"accuracy {results.accuracy:.2%}   calibration error {results.ece:.3f}",
         soft_wrap=True,
     )
     per_label = _table("By label", "label", "precision", "recall", "F1", "gold")
-    for name, f in zip(names, found.per_label.values(), strict=True):
+    for name, f in zip(names, results.per_label.values(), strict=True):
         shares = (f"{value:.1%}" for value in (f.precision, f.recall, f.f1))
         per_label.add_row(name, *shares, f"{f.support:,}")
     confusion = _table("Gold in rows, predicted in columns", "", *(name[:9] for name in names))
-    for name, row in zip(names, found.confusion, strict=True):
+    for name, row in zip(names, results.confusion, strict=True):
         confusion.add_row(name, *(str(count) for count in row))
     coverage = _table("Answering only the surest", "coverage", "wrong", "--min-confidence")
-    for point in found.coverage:
-        if round(point.coverage * found.utterances) > answered:
+    for point in results.coverage:
+        if round(point.coverage * results.utterances) > answered:
             continue  # beyond what was answered
         coverage.add_row(f"{point.coverage:.0%}", f"{point.risk:.1%}", f"{point.confidence:.3f}")
     for table in (per_label, confusion, coverage):
@@ -297,9 +297,9 @@ def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
         console.print(table)
 
 
-def _table(title: str, first: str, *others: str) -> Table:
+def _table(title: str, first_column: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
+    table.add_column(first_column, no_wrap=True)
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table

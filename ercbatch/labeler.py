@@ -64,9 +64,9 @@ class Labeler:
             raise UsageError(f"context is {context!r}: choose past or both")
         if not 0.0 <= min_confidence <= 1.0:
             raise UsageError("the least confidence must be between 0 and 1")
-        if demonstrations is not None and not 0 <= demonstrations <= files.MOST_DEMONSTRATIONS:
+        if demonstrations is not None and not 0 <= demonstrations <= files.MAX_DEMONSTRATIONS:
             raise UsageError(
-                f"the number of demonstrations must be between 0 and {files.MOST_DEMONSTRATIONS}"
+                f"the number of demonstrations must be between 0 and {files.MAX_DEMONSTRATIONS}"
             )
         if threads is not None and threads < 1:
             raise UsageError("the number of threads must be at least 1")

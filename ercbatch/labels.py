@@ -13,7 +13,7 @@ from typing import Any
 from ercbatch.checked import printable_string
 from ercbatch.errors import UsageError
 
-_MOST_LABELS, _MOST_ALIASES = 1000, 10_000
+_MAX_LABELS, _MAX_ALIASES = 1000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,14 @@ class LabelSet:
     aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        different = {label.strip().casefold() for label in self.labels} - {""}
-        if len(different) != len(self.labels) or len(self.labels) < 2:
+        folded = {label.strip().casefold() for label in self.labels} - {""}
+        if len(folded) != len(self.labels) or len(self.labels) < 2:
             raise UsageError(
                 f"label set {self.name!r}: needs two or more labels, none blank, all different"
             )
-        if len(self.labels) > _MOST_LABELS or len(self.aliases) > _MOST_ALIASES:
+        if len(self.labels) > _MAX_LABELS or len(self.aliases) > _MAX_ALIASES:
             raise UsageError(
-                f"label set {self.name!r}: over {_MOST_LABELS:,} labels, or {_MOST_ALIASES:,} "
-                "aliases"
+                f"label set {self.name!r}: over {_MAX_LABELS:,} labels, or {_MAX_ALIASES:,} aliases"
             )
         known = frozenset(self.labels)
         for alias, label in self.aliases.items():
@@ -58,10 +57,12 @@ class LabelSet:
     def canonical(self, label: str) -> str | None:
         """The set's own name for a label in any case or known spelling; None if it has none."""
         folded = label.strip().casefold()
-        for own in self.labels:
-            if own.casefold() == folded:
-                return own
-        return next((to for alias, to in self.aliases.items() if alias.casefold() == folded), None)
+        for name in self.labels:
+            if name.casefold() == folded:
+                return name
+        return next(
+            (target for alias, target in self.aliases.items() if alias.casefold() == folded), None
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `bundle.json` and label-set files hold them."""
@@ -138,18 +139,18 @@ def mapping_to(to: LabelSet, written: LabelSet, path: str = "") -> Mapping[str, 
     table = tables.get(written.name)
     if not isinstance(table, Mapping):
         raise UsageError(f"{where}: has nothing for the label set {written.name!r}: add it")
-    found: dict[str, str | None] = {}
+    mapping: dict[str, str | None] = {}
     for label in written.labels:
         if label not in table:
             raise UsageError(f"{where}: {written.name!r} lacks the label {label!r}: add it")
         target = table[label]
-        found[label] = None if target is None else to.canonical(str(target))
-        if target is not None and found[label] is None:
+        mapping[label] = None if target is None else to.canonical(str(target))
+        if target is not None and mapping[label] is None:
             raise UsageError(
                 f"{where}: {label!r} of {written.name!r} is mapped to {target!r}, which is not in "
                 f"the label set {to.name!r}: {', '.join(to.labels)}"
             )
-    return found
+    return mapping
 
 
 def _read_json(path: Path, what: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from test_inputs_records import BAD
 
 from ercbatch import Labeler
 from ercbatch import cli as command
-from ercbatch.bundle.manifest import MOST_DEMONSTRATIONS
+from ercbatch.bundle.manifest import MAX_DEMONSTRATIONS
 from ercbatch.inputs.records import DEFAULT_LIMITS, InputLimits
 
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
@@ -111,7 +111,7 @@ def test_the_command_line_has_the_limits_of_what_it_runs() -> None:
     for subcommand in (command.label, command.bank.commands["build"]):
         (demos,) = (option.type for option in subcommand.params if option.name == "demos")
         assert isinstance(demos, click.IntRange)
-        assert demos.max == MOST_DEMONSTRATIONS
+        assert demos.max == MAX_DEMONSTRATIONS
 
 
 def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:

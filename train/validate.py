@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.engine import Engine
-from ercbatch.evaluate import f1_figures
+from ercbatch.evaluate import f1_metrics
 from ercbatch.prompts.answers import AnswerTrie
 from ercbatch.prompts.packs import pack
 from ercbatch.prompts.tokens import SegmentTokenizer
@@ -37,7 +37,7 @@ class Predictions:
     def figures(self) -> dict[str, float]:
         """Weighted F1, macro F1, accuracy, and the log loss (mean -log P(gold), in nats)."""
         labels = self.probabilities.shape[1]
-        weighted, macro, accuracy = f1_figures(self.gold, self.probabilities.argmax(1), labels)
+        weighted, macro, accuracy = f1_metrics(self.gold, self.probabilities.argmax(1), labels)
         likelihood = self.probabilities[np.arange(len(self.gold)), self.gold].clip(1e-12)
         log_loss = float(-np.log(likelihood).mean())
         return {

@@ -34,7 +34,7 @@ from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_
 
 _MEND = "get the bundle again, or write it anew with `python -m export`"
 """What to do about an altered one."""
-_OWN_DIGEST = "sha256"
+_DIGEST_KEY = "sha256"
 """Of all else in `bundle.json`: last in it, from format 1.3 on."""
 _LARGEST_MANIFEST = 16 << 20
 """Bytes."""
@@ -71,12 +71,12 @@ def find_bundle(name: str) -> Path:
     Raises:
         BundleError: neither.
     """
-    packaged = Path(str(resources.files("ercbatch").joinpath("bundles")))
+    bundles = Path(str(resources.files("ercbatch").joinpath("bundles")))
     if os.sep not in name:
-        if (packaged / name / MANIFEST).exists():
-            return packaged / name
+        if (bundles / name / MANIFEST).exists():
+            return bundles / name
         if not Path(name, MANIFEST).exists():
-            raise _no_bundle(name, packaged)
+            raise _no_bundle(name, bundles)
     return Path(name)
 
 
@@ -98,15 +98,15 @@ def encoder_files(source: str) -> tuple[Path, Path]:
     return bundle.path(ENCODER), bundle.path(ENCODER_TOKENIZER)
 
 
-def _no_bundle(name: str, packaged: Path) -> BundleError:
-    built_in = sorted(p.parent.name for p in packaged.glob(f"*/{MANIFEST}"))
+def _no_bundle(name: str, bundles: Path) -> BundleError:
+    built_in = sorted(p.parent.name for p in bundles.glob(f"*/{MANIFEST}"))
     return BundleError(
         f"no bundle {name!r}: give a bundle folder (one with {MANIFEST} in it), or a bundle in "
         f"the package: {', '.join(built_in) or 'there is none'}"
     )
 
 
-_ODD = (AttributeError, LookupError, RecursionError, TypeError, UsageError, ValueError)
+_MALFORMED_ERRORS = (AttributeError, LookupError, RecursionError, TypeError, UsageError, ValueError)
 
 
 def read_info(folder: Path) -> BundleInfo:
@@ -123,14 +123,14 @@ def read_info(folder: Path) -> BundleInfo:
         value = json.loads(path.read_bytes())
         major, minor = (int(part) for part in value["format"].split("."))
         own_major, own_minor = (int(part) for part in FORMAT.split("."))
-        if _OWN_DIGEST in value and value != with_digest(value):
+        if _DIGEST_KEY in value and value != with_digest(value):
             raise BundleError(f"{path}: altered, its SHA-256 is not what it says: {_MEND}")
         if major != own_major or minor > own_minor:
             raise BundleError(
                 f"{path}: format {major}.{minor} is not known here (this ercbatch reads "
                 f"{own_major}.0 to {FORMAT}): upgrade ercbatch"
             )
-        if _OWN_DIGEST not in value and minor >= 3:
+        if _DIGEST_KEY not in value and minor >= 3:
             raise BundleError(f"{path}: altered, it has lost its own SHA-256: {_MEND}")
         info = BundleInfo.from_json(value)
     except FileNotFoundError as error:
@@ -140,7 +140,7 @@ def read_info(folder: Path) -> BundleInfo:
         ) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
-    except _ODD as error:
+    except _MALFORMED_ERRORS as error:
         raise BundleError(
             f"{path}: not a bundle description ({type(error).__name__}: {error}): "
             "export the bundle again"
@@ -225,6 +225,6 @@ def write_bundle(
 
 def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
     """What `bundle.json` holds: a value, and the SHA-256 of it, however its JSON is laid out."""
-    plain = {name: own for name, own in value.items() if name != _OWN_DIGEST}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return {**plain, _OWN_DIGEST: digest}
+    content = {name: item for name, item in value.items() if name != _DIGEST_KEY}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {**content, _DIGEST_KEY: digest}

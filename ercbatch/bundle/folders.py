@@ -38,8 +38,8 @@ def check_output(
     try:
         target = folder.resolve()
         for source in map(Path, inputs):
-            read = source.resolve()
-            if source.exists() and (read == target or target in read.parents):
+            resolved = source.resolve()
+            if source.exists() and (resolved == target or target in resolved.parents):
                 raise UsageError(f"{folder}: {source} is read from there: choose another place")
         if target.exists():
             if not target.is_dir():
@@ -75,7 +75,7 @@ def whole_folder(folder: Path, marker: str, *, force: bool = False) -> Iterator[
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PART}", dir=target.parent))
-        lock = _locked(part)
+        lock = _open_locked(part)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
@@ -118,20 +118,20 @@ def _put(part: Path, target: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove what killed processes left; put back what one had moved away at its last."""
-    left = glob.glob(f".{glob.escape(target.name)}{_PART}*", root_dir=target.parent)
-    for path in (target.parent / name for name in sorted(left)):
+    names = glob.glob(f".{glob.escape(target.name)}{_PART}*", root_dir=target.parent)
+    for path in (target.parent / name for name in sorted(names)):
         if path.name.endswith(_OLD) and not target.exists():
             path.rename(target)
             continue
         try:
-            lock = _locked(path)
+            lock = _open_locked(path)
         except OSError:
             continue  # somebody is writing it
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
-def _locked(folder: Path) -> int:
+def _open_locked(folder: Path) -> int:
     """The descriptor of a folder that is locked until it is closed, or its process has ended.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ercbatch.bundle.metrics import Calibration, Quality, quality_from_json
-from ercbatch.checked import LARGEST, integer, mapping, number, printable_string, string, strings
+from ercbatch.checked import INT32_MAX, integer, mapping, number, printable_string, string, strings
 from ercbatch.errors import UsageError
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.tokens import ControlTokens
@@ -32,7 +32,7 @@ RUNTIMES = {
 }
 """What runs a model of each form: ONNX Runtime, or torch with bitsandbytes."""
 
-MOST_DEMONSTRATIONS = 8
+MAX_DEMONSTRATIONS = 8
 """That a question shows."""
 
 MANIFEST = "bundle.json"
@@ -119,8 +119,8 @@ class BundleInfo:
 
     def offsets(self, labels: LabelSet) -> tuple[float, ...]:
         """The offset [labels] of each log probability, in nats; empty if none was fitted."""
-        fitted = self.label_offsets.get(labels.name)
-        return tuple(fitted.get(label, 0.0) for label in labels.labels) if fitted else ()
+        offsets = self.label_offsets.get(labels.name)
+        return tuple(offsets.get(label, 0.0) for label in labels.labels) if offsets else ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `bundle.json` holds them."""
@@ -143,16 +143,16 @@ class BundleInfo:
             KeyError, TypeError, ValueError, UsageError: a missing or odd value.
         """
         # Earlier formats had none of these.
-        before = {"form": "fp32" if string(value["quantization"]).startswith("none") else "int8"}
+        form = {"form": "fp32" if string(value["quantization"]).startswith("none") else "int8"}
         value = {
             **{"architecture": {}, "calibration": {}, "accepted_loss": [], "label_offsets": {}},
-            **before,
+            **form,
             **value,
         }
         texts = ("name", "version", "template", "form", "quantization", "base", "licence", "format")
         values: dict[str, Any] = {name: string(value[name]) for name in texts}
         printable_string(values["name"])
-        for name, low, high in _NUMBERS:
+        for name, low, high in _INTEGER_BOUNDS:
             values[name] = integer(value[name], low, high)
         values["label_sets"] = tuple(LabelSet.from_json(v) for v in value["label_sets"])
         values["controls"] = ControlTokens.from_json(
@@ -184,10 +184,10 @@ class BundleInfo:
         return cls(**values)
 
 
-_NUMBERS = (
-    ("template_version", 0, LARGEST),
-    ("later_turns", 0, LARGEST),
-    ("pack_tokens", 1, LARGEST),
-    ("demonstrations", 0, MOST_DEMONSTRATIONS),
+_INTEGER_BOUNDS = (
+    ("template_version", 0, INT32_MAX),
+    ("later_turns", 0, INT32_MAX),
+    ("pack_tokens", 1, INT32_MAX),
+    ("demonstrations", 0, MAX_DEMONSTRATIONS),
 )
 """Field, and from what to what it may go."""

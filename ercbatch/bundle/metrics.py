@@ -70,14 +70,14 @@ class Quality:
         Raises:
             KeyError, TypeError, ValueError: a missing or odd value.
         """
-        found = mapping(value)
+        values = mapping(value)
         names = [f.name for f in fields(cls)][3:]  # after utterances
-        count = found.get("utterances")
+        count = values.get("utterances")
         return cls(
-            string(found["label_set"]),
-            string(found["dataset"]),
+            string(values["label_set"]),
+            string(values["dataset"]),
             None if count is None else integer(count),
-            **{name: number(found[name]) for name in names if found.get(name) is not None},
+            **{name: number(values[name]) for name in names if values.get(name) is not None},
         )
 
 
@@ -138,28 +138,28 @@ class Calibration:
         Raises:
             KeyError, TypeError, ValueError: a missing or odd value.
         """
-        found = mapping(value)
+        values = mapping(value)
         names = ("temperature", "error_before", "error_after", "error_if_perfect")
         points = ("coverage", "risk", "confidence")
         return cls(
-            integer(found["utterances"]),
-            **{name: number(found[name]) for name in names},
+            integer(values["utterances"]),
+            **{name: number(values[name]) for name in names},
             coverage=tuple(
                 CoveragePoint(*(number(mapping(point)[name]) for name in points))
-                for point in found["coverage"]
+                for point in values["coverage"]
             ),
-            recommended=tuple(map(_recommendation, found["recommended"])),
+            recommended=tuple(map(_recommendation, values["recommended"])),
         )
 
 
 def _recommendation(value: object) -> Recommendation:
-    found = mapping(value)
-    least, coverage = (
-        None if found[name] is None else number(found[name])
+    values = mapping(value)
+    min_confidence, coverage = (
+        None if values[name] is None else number(values[name])
         for name in ("min_confidence", "coverage")
     )
-    counts = (integer(found.get(name, 0)) for name in ("answered", "right"))
-    return Recommendation(number(found["precision"]), least, coverage, *counts)
+    counts = (integer(values.get(name, 0)) for name in ("answered", "right"))
+    return Recommendation(number(values["precision"]), min_confidence, coverage, *counts)
 
 
 def quality_from_json(value: object) -> tuple[Quality, ...]:
@@ -173,11 +173,11 @@ def quality_from_json(value: object) -> tuple[Quality, ...]:
     """
     if isinstance(value, list):
         return tuple(map(Quality.from_json, value))
-    found = []
+    qualities = []
     for title, metrics in mapping(value).items():
         label_set, *dataset = re.split(r", | \(", title, maxsplit=1)
         name = dataset[0] if dataset else title
-        found.append(
+        qualities.append(
             Quality.from_json({**mapping(metrics), "label_set": label_set, "dataset": name})
         )
-    return tuple(found)
+    return tuple(qualities)

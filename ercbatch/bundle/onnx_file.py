@@ -55,7 +55,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _HIGHEST_TAG = 2**32 - 1
 _VARINT_BITS = 70
 """Ten bytes of seven: enough for 64 bits."""
-_DEEPEST = 100
+_MAX_DEPTH = 100
 """Messages inside each other; protobuf's own readers stop there."""
 _LONGEST_NAME = 255
 """Bytes of a domain, or of a key or value of external data; a file's name is no longer."""
@@ -146,16 +146,16 @@ class OnnxRequests:
     """Of all tensors that have external data, whether or not they say that it is to be used."""
 
 
-def check_onnx(path: Path, listed: Collection[str] = ()) -> None:
+def check_onnx(path: Path, file_names: Collection[str] = ()) -> None:
     """Refuse an ONNX file that asks for more than built-in operators and the bundle's own files.
 
     Args:
         path: the ONNX file.
-        listed: names of the files in its folder that may hold its external data.
+        file_names: names of the files in its folder that may hold its external data.
 
     Raises:
-        BundleError: an operator outside `DOMAINS` or `OPERATORS`, external data outside `listed` or
-            beyond the end of its file, or what `read_onnx` refuses.
+        BundleError: an operator outside `DOMAINS` or `OPERATORS`, external data outside
+            `file_names` or beyond the end of its file, or what `read_onnx` refuses.
     """
     requests = read_onnx(path)
     foreign = requests.domains - DOMAINS
@@ -170,7 +170,7 @@ def check_onnx(path: Path, listed: Collection[str] = ()) -> None:
                 f"{path}: has the operator {name!a}, which no bundle needs: do not use this "
                 "bundle, or export it again without it"
             )
-    allowed = frozenset(listed)
+    allowed = frozenset(file_names)
     sizes: dict[str, int] = {}
     for data in requests.external:
         name = data.location
@@ -236,9 +236,9 @@ class _Reader:
         Raises:
             _NotOnnxError: not such a message.
         """
-        if depth > _DEEPEST:
-            raise _NotOnnxError(f"more than {_DEEPEST} messages inside each other at byte {at:,}")
-        known = _MESSAGES[kind]
+        if depth > _MAX_DEPTH:
+            raise _NotOnnxError(f"more than {_MAX_DEPTH} messages inside each other at byte {at:,}")
+        fields = _MESSAGES[kind]
         strings: dict[str, str] = {}
         external: dict[str, str] = {}
         seen: set[int] = set()
@@ -246,7 +246,7 @@ class _Reader:
         inputs = 0
         while at < end:
             number, wire, start, stop = self._field(at, end)
-            field = known.get(number)
+            field = fields.get(number)
             if field is not None:
                 if wire != _BYTES:
                     raise _NotOnnxError(f"{kind}.{field.name} in wire type {wire} at byte {at:,}")
@@ -320,9 +320,9 @@ class _Reader:
 def _external_data(entries: dict[str, str]) -> ExternalData:
     # ONNX Runtime also reads weights at offsets in "prepacked..." entries, which only its own
     # optimized models have (onnxruntime, core/framework/tensor_external_data_info.cc).
-    odd = entries.keys() - {"location", "offset", "length", "checksum"}
-    if odd:
-        raise _NotOnnxError(f"external data with the entry {min(odd)!a}")
+    unknown_keys = entries.keys() - {"location", "offset", "length", "checksum"}
+    if unknown_keys:
+        raise _NotOnnxError(f"external data with the entry {min(unknown_keys)!a}")
     if "location" not in entries:
         raise _NotOnnxError("external data without a location")
     for key in entries.keys() & {"offset", "length"}:

@@ -37,8 +37,8 @@ def convert(name: str, source: Path) -> Iterator[Record]:
     """
     if name not in FORMATS:
         raise UsageError(f"no format {name!r}: choose from {', '.join(FORMATS)}")
-    chosen = FORMATS[name]
-    return chosen.read(source, label_set(chosen.labels))
+    format_ = FORMATS[name]
+    return format_.read(source, label_set(format_.labels))
 
 
 def decode(data: bytes) -> str:
@@ -70,10 +70,10 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(line, row) of a CSV file that must have these columns."""
     reader = csv.DictReader(io.StringIO(_text(path)), strict=True)
-    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
         raise InputError(f"{path}, line 1: no column {missing[0]!r}: is it the publisher's CSV?")
     try:
@@ -116,31 +116,31 @@ def _scenes(rows: Iterator[tuple[tuple[Any, ...], int, Record]]) -> Iterator[tup
 
 
 def _meld(path: Path, labels: LabelSet) -> Iterator[Record]:
-    needed = (
+    columns = (
         *("Dialogue_ID", "Utterance_ID", "Season", "Episode"),
         *("Speaker", "Utterance", "Emotion"),
     )
 
-    aired: dict[str, Record] = {}
+    episodes: dict[str, Record] = {}
 
     def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
-        for line, row in _rows(path, needed):
+        for line, row in _rows(path, columns):
             where = f"{path}, line {line}"
             label = _label(labels, row["Emotion"], where)
             turn = {"speaker": row["Speaker"], "text": row["Utterance"], "label": label}
             episode = {name: _number(row[name.title()], where) for name in ("season", "episode")}
-            aired.setdefault(row["Dialogue_ID"], episode)
+            episodes.setdefault(row["Dialogue_ID"], episode)
             yield (row["Dialogue_ID"],), _number(row["Utterance_ID"], where), turn
 
     for (dialogue,), turns in _scenes(utterances()):
-        yield {"id": dialogue, **aired[dialogue], "utterances": turns}
+        yield {"id": dialogue, **episodes[dialogue], "utterances": turns}
 
 
 def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
-    needed = ("Season", "Episode", "Scene_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
+    columns = ("Season", "Episode", "Scene_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
 
     def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
-        for line, row in _rows(path, needed):
+        for line, row in _rows(path, columns):
             where = f"{path}, line {line}"
             try:
                 speakers = ast.literal_eval(row["Speaker"])
@@ -162,15 +162,15 @@ def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
         yield {"id": name, "season": season, "episode": episode, "utterances": turns}
 
 
-def _tab_rows(path: Path, columns: int, expected: str) -> Iterator[tuple[int, list[str]]]:
+def _tab_rows(path: Path, columns: int, reason: str) -> Iterator[tuple[int, list[str]]]:
     """(line, columns) of a file of tab-separated text without a header; blank lines are skipped."""
     for line, row in enumerate(_text(path).split("\n"), start=1):
         if not row.strip():
             continue
-        found = row.rstrip("\r\t").split("\t")
-        if len(found) != columns:
-            raise InputError(f"{path}, line {line}: {expected}")
-        yield line, found
+        cells = row.rstrip("\r\t").split("\t")
+        if len(cells) != columns:
+            raise InputError(f"{path}, line {line}: {reason}")
+        yield line, cells
 
 
 def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
@@ -179,10 +179,10 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
     One with several emotions is ambiguous for a task that asks for one: it has no `label`, and
     all of them in `labels`.
     """
-    listed = path.with_name("labels.txt")
-    names = tuple(_text(listed).split()) if listed.exists() else labels.labels
-    expected = "not text, label numbers and id: is it GoEmotions' TSV?"
-    for line, columns in _tab_rows(path, 3, expected):
+    names_file = path.with_name("labels.txt")
+    names = tuple(_text(names_file).split()) if names_file.exists() else labels.labels
+    reason = "not text, label numbers and id: is it GoEmotions' TSV?"
+    for line, columns in _tab_rows(path, 3, reason):
         where = f"{path}, line {line}"
         numbers = [_number(part, where) for part in columns[1].split(",")]
         if any(not 0 <= number < len(names) for number in numbers):
@@ -190,13 +190,13 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
                 f"{where}: label {columns[1]} is beyond the {len(names)} labels: put the release's "
                 "labels.txt beside the file"
             )
-        found = [_label(labels, names[number], where) for number in numbers]
-        emotions = [label for label in found if label != "neutral"] or found
+        gold = [_label(labels, names[number], where) for number in numbers]
+        emotions = [label for label in gold if label != "neutral"] or gold
         turn: Record = {"text": columns[0]}
         if len(emotions) == 1:
             turn["label"] = emotions[0]
         else:
-            turn["labels"] = found
+            turn["labels"] = gold
         yield {"id": columns[2], "utterances": [turn]}
 
 
@@ -205,7 +205,7 @@ _PLUTCHIK = (
     "neutral",
 )
 """XED's labels by number, from 1 (its README)."""
-_APART = re.compile(r" +(?=[!,.:;?]|'\w)|(?<=\w) +(?=n't\b)")
+_SPACE_BEFORE_MARK = re.compile(r" +(?=[!,.:;?]|'\w)|(?<=\w) +(?=n't\b)")
 
 
 def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
@@ -215,18 +215,18 @@ def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
     is removed, because a model would learn it as the mark of an emotion. A line with several
     emotions has no `label`, and all of them in `labels`.
     """
-    expected = "not text and label numbers: is it XED's TSV?"
-    for line, columns in _tab_rows(path, 2, expected):
+    reason = "not text and label numbers: is it XED's TSV?"
+    for line, columns in _tab_rows(path, 2, reason):
         where = f"{path}, line {line}"
         text, numbers = reversed(columns) if columns[0] == "9" else columns
-        found = []
+        gold = []
         for part in numbers.split(","):
             number = _number(part, where)
             if not 1 <= number <= len(_PLUTCHIK):
                 raise InputError(f"{where}: label {number} is not in 1 to 9: fetch the file again")
-            found.append(_label(labels, _PLUTCHIK[number - 1], where))
-        turn: Record = {"text": _APART.sub("", text).strip()}
-        turn |= {"label": found[0]} if len(found) == 1 else {"labels": found}
+            gold.append(_label(labels, _PLUTCHIK[number - 1], where))
+        turn: Record = {"text": _SPACE_BEFORE_MARK.sub("", text).strip()}
+        turn |= {"label": gold[0]} if len(gold) == 1 else {"labels": gold}
         yield {"id": f"{path.stem}-{line}", "utterances": [turn]}
 
 
@@ -257,37 +257,37 @@ def _string(value: object) -> str:
     return value
 
 
-_SPOKEN = re.compile(r"^(Ses\d\d[FM]_\w+_([FM])[A-Z]*\d+) \[[^\]]*\]: ?(.*)$")
-_JUDGED = re.compile(r"^\[[^\]]*\]\t(Ses\d\d[FM]_\w+)\t(\w+)\t")
-_UNUSED = frozenset({"xxx", "sur", "fea", "dis", "oth"})
+_TURN = re.compile(r"^(Ses\d\d[FM]_\w+_([FM])[A-Z]*\d+) \[[^\]]*\]: ?(.*)$")
+_EVALUATION = re.compile(r"^\[[^\]]*\]\t(Ses\d\d[FM]_\w+)\t(\w+)\t")
+_UNUSED_EMOTIONS = frozenset({"xxx", "sur", "fea", "dis", "oth"})
 
 
 def _iemocap(path: Path, labels: LabelSet) -> Iterator[Record]:
     """A release folder, or one of its Session folders; the unused labels become no label."""
     sessions = [path] if (path / "dialog").is_dir() else sorted(path.glob("Session*"))
-    found = False
+    has_transcripts = False
     for session in sessions:
         number = re.search(r"\d+$", session.resolve().name)
         for transcript in sorted((session / "dialog" / "transcriptions").glob("Ses*.txt")):
-            found = True
-            judged = session / "dialog" / "EmoEvaluation" / transcript.name
+            has_transcripts = True
+            evaluation = session / "dialog" / "EmoEvaluation" / transcript.name
             emotions = {
-                m[1]: m[2] for row in _text(judged).split("\n") if (m := _JUDGED.match(row))
+                m[1]: m[2] for row in _text(evaluation).split("\n") if (m := _EVALUATION.match(row))
             }
             turns: list[Record] = []
             for line, row in enumerate(_text(transcript).split("\n"), start=1):
-                spoken = _SPOKEN.match(row.rstrip("\r"))
-                if spoken is None:  # notes and the speakers' interjections carry no judgement
+                match = _TURN.match(row.rstrip("\r"))
+                if match is None:  # notes and the speakers' interjections carry no judgement
                     continue
-                turn: Record = {"id": spoken[1], "speaker": spoken[2], "text": spoken[3]}
-                emotion = emotions.get(spoken[1], "xxx")
-                if emotion not in _UNUSED:
+                turn: Record = {"id": match[1], "speaker": match[2], "text": match[3]}
+                emotion = emotions.get(match[1], "xxx")
+                if emotion not in _UNUSED_EMOTIONS:
                     turn["label"] = _label(labels, emotion, f"{transcript}, line {line}")
                 turns.append(turn)
             if turns:
                 record: Record = {"id": transcript.stem, "utterances": turns}
                 yield {**record, "session": int(number[0])} if number else record
-    if not found:
+    if not has_transcripts:
         raise InputError(
             f"{path}: no Session*/dialog/transcriptions/Ses*.txt in it: name the folder of the "
             "IEMOCAP release"

@@ -13,16 +13,23 @@ import orjson
 
 from ercbatch.dialogues import Dialogue, parse_dialogue
 from ercbatch.errors import InputError, RecordError, UnreadableError
-from ercbatch.inputs.files import DAMAGES, STDIN, is_compressed, open_input, pass_over, shown
+from ercbatch.inputs.files import (
+    DAMAGE_ERRORS,
+    STDIN,
+    decode_name,
+    is_compressed,
+    open_input,
+    pass_over,
+)
 
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{")
 """How UTF-16 JSON begins: with its byte order mark, or with the brace of the first line."""
 _RAW = 200
 """Characters of a bad line that its reject shows."""
-_ENDS_FILE = ("broken", "file_too_large", "utf_16")
+_FILE_ENDING_CODES = ("broken", "file_too_large", "utf_16")
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
-_DEEPEST = 250
+_MAX_DEPTH = 250
 """Levels of nesting. orjson reads 1,024, but writes only 254."""
 
 
@@ -90,7 +97,7 @@ class Reject:
     @property
     def ends_file(self) -> bool:
         """Whether the rest of its file cannot be read either."""
-        return self.code in _ENDS_FILE
+        return self.code in _FILE_ENDING_CODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +143,14 @@ class Reader:
         for source in range(self.position.source, len(self._names)):
             if source > self.position.source:
                 self.position = replace(self.position, source=source, line=0, byte=0)
-            yield from self._input(self._names[source])
+            yield from self._read_input(self._names[source])
 
-    def _input(self, name: str) -> Iterator[Record]:
-        file = "<stdin>" if name == STDIN else shown(name)
+    def _read_input(self, name: str) -> Iterator[Record]:
+        file = "<stdin>" if name == STDIN else decode_name(name)
         with open_input(name) as stream:
             try:
                 pass_over(stream, self.position.byte)
-            except (*DAMAGES, OSError) as error:
+            except (*DAMAGE_ERRORS, OSError) as error:
                 raise UnreadableError(f"{file}: cannot be read on: {error}: see to it") from error
             while True:
                 start = self.position
@@ -158,7 +165,7 @@ class Reader:
                     self.position = start.after(size, blank=blank)
                     if blank:
                         continue
-                    record = Record(start, self.position, self._parsed(line, size, start))
+                    record = Record(start, self.position, self._parse_line(line, size, start))
                 except RecordError as error:
                     if self.position == start:  # the line cannot be read
                         self.position = start.after(0)
@@ -175,7 +182,7 @@ class Reader:
                 if record.reject is not None and record.reject.ends_file:
                     return
 
-    def _parsed(self, line: bytes, size: int, start: Position) -> Dialogue:
+    def _parse_line(self, line: bytes, size: int, start: Position) -> Dialogue:
         if start.line == 0 and line.startswith(_UTF_16):
             raise RecordError("utf_16", "UTF-16 text: convert it (iconv -t UTF-8)")
         if size > self._limits.line_bytes:
@@ -215,8 +222,8 @@ def _parse(line: bytes, limits: InputLimits) -> Dialogue:
         if "infinity" in error.msg:
             raise RecordError("number", f"a number beyond 64-bit floats: {error}") from error
         raise RecordError("json", f"not JSON: {error}") from error
-    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth_exceeds(value, _DEEPEST):
-        raise RecordError("too_deep", f"values nested over {_DEEPEST} levels")
+    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _depth_exceeds(value, _MAX_DEPTH):
+        raise RecordError("too_deep", f"values nested over {_MAX_DEPTH} levels")
     if _LONG_NUMBER.search(line) and _has_large_float(value):
         json.loads(line, parse_int=_check_integer)
     dialogue = replace(parse_dialogue(value), size=len(line))
@@ -229,9 +236,9 @@ def _parse(line: bytes, limits: InputLimits) -> Dialogue:
     return dialogue
 
 
-def _depth_exceeds(value: object, most: int) -> bool:
+def _depth_exceeds(value: object, limit: int) -> bool:
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(limit + 1):
         level = [
             inner
             for outer in level
@@ -250,19 +257,19 @@ def _read_line(stream: BinaryIO, limits: InputLimits, byte: int) -> tuple[bytes,
         RecordError: nothing after here can be read.
         OSError: the disk, or the network, gives no more.
     """
-    most = limits.file_bytes - byte if is_compressed(stream) else None
+    remaining = limits.file_bytes - byte if is_compressed(stream) else None
     try:
         line = stream.readline(limits.line_bytes + 1)
         size = len(line)
         if size > limits.line_bytes:
-            size += 0 if line.endswith(b"\n") else _skip_line(stream, most)
+            size += 0 if line.endswith(b"\n") else _skip_line(stream, remaining)
             line = line[: 4 * _RAW]
-    except DAMAGES as error:
+    except DAMAGE_ERRORS as error:
         reason = f"the file is broken from here on ({error}): fetch or compress it again"
         if "requires too much memory" in str(error):  # Zstandard's words
             reason = "the file's window is over 128 MiB: compress it again without --long"
         raise RecordError("broken", reason) from error
-    if most is not None and size > most:
+    if remaining is not None and size > remaining:
         raise RecordError(
             "file_too_large",
             f"the file decompresses to over {limits.file_bytes:,} bytes: if it is no bomb, give a "
@@ -271,25 +278,25 @@ def _read_line(stream: BinaryIO, limits: InputLimits, byte: int) -> tuple[bytes,
     return line, size
 
 
-def _skip_line(stream: BinaryIO, most: int | None) -> int:
+def _skip_line(stream: BinaryIO, limit: int | None) -> int:
     """Read on to the end of the line, or until so many bytes; the bytes read."""
     skipped = 0
     while piece := stream.readline(1 << 20):
         skipped += len(piece)
-        if piece.endswith(b"\n") or (most is not None and skipped > most):
+        if piece.endswith(b"\n") or (limit is not None and skipped > limit):
             break
     return skipped
 
 
 def _has_large_float(value: object) -> bool:
     """Whether a float in a JSON value may stand for an integer beyond 64 bits."""
-    waiting = [value]
-    while waiting:
-        inner = waiting.pop()
+    stack = [value]
+    while stack:
+        inner = stack.pop()
         if isinstance(inner, float) and abs(inner) >= 1 << 63:
             return True
         if isinstance(inner, dict | list):
-            waiting += inner.values() if isinstance(inner, dict) else inner
+            stack += inner.values() if isinstance(inner, dict) else inner
     return False
 
 

@@ -87,7 +87,7 @@ def answer_trie(sequences: Sequence[tuple[int, ...]], end: tuple[int, ...]) -> A
         groups: dict[int, list[int]] = {}
         for i in members:
             groups.setdefault(ended[i][depth], []).append(i)
-        here = len(choices)
+        index = len(choices)
         choices.append(
             Choice(
                 path=ended[members[0]][:depth],
@@ -98,7 +98,7 @@ def answer_trie(sequences: Sequence[tuple[int, ...]], end: tuple[int, ...]) -> A
         )
         for group in groups.values():
             if len(group) > 1:
-                visit(group, depth + 1, here)
+                visit(group, depth + 1, index)
 
     if len(sequences) > 1:
         visit(list(range(len(sequences))), 0, -1)

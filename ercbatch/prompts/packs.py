@@ -51,9 +51,9 @@ def split(pack: Pack) -> Iterator[Pack]:
     while start < len(pack):
         end = int(pack.ends[start])
         place = np.r_[:shared, start:end]
-        moved = start - shared
-        reads = tuple((i - moved, owner, read) for i, owner, read in pack.reads if start <= i < end)
-        ends = np.minimum(pack.ends[place], end) - np.int32(moved)
+        shift = start - shared
+        reads = tuple((i - shift, owner, read) for i, owner, read in pack.reads if start <= i < end)
+        ends = np.minimum(pack.ends[place], end) - np.int32(shift)
         yield Pack(pack.tokens[place], pack.positions[place], ends, reads)
         start = end
 
@@ -65,15 +65,15 @@ def graft(trees: Sequence[tuple[int, Tree]], shared: int) -> Pack:
     what it saw in its own.
     """
     first = trees[0][1]
-    rests = [(owner, tree, len(tree) - shared) for owner, tree in trees]
-    length = shared + sum(size for *_, size in rests)
+    suffixes = [(owner, tree, len(tree) - shared) for owner, tree in trees]
+    length = shared + sum(size for *_, size in suffixes)
     tokens = np.empty(length, dtype=np.int32)
     positions = np.empty_like(tokens)
     ends = np.full_like(tokens, length)
     tokens[:shared], positions[:shared] = first.tokens[:shared], first.positions[:shared]
     reads: list[tuple[int, int, Read]] = []
     offset = shared
-    for owner, tree, size in rests:
+    for owner, tree, size in suffixes:
         place = slice(offset, offset + size)
         tokens[place], positions[place] = tree.tokens[shared:], tree.positions[shared:]
         ends[place] = tree.ends[shared:] + np.int32(offset - shared)
@@ -92,21 +92,21 @@ class Packer:
     def __init__(self, length: int, shared: int) -> None:
         self._length = length
         self._shared = shared
-        self._waiting: list[tuple[int, Tree]] = []
-        self._used = shared
+        self._trees: list[tuple[int, Tree]] = []
+        self._used_tokens = shared
 
     def add(self, owner: int, tree: Tree) -> Pack | None:
         """Take a tree; the pack that it no longer fitted into, if it filled one."""
-        own = len(tree) - self._shared
-        full = self.rest() if self._used + own > self._length else None
-        self._waiting.append((owner, tree))
-        self._used += own
-        return full
+        size = len(tree) - self._shared
+        full_pack = self.flush() if self._used_tokens + size > self._length else None
+        self._trees.append((owner, tree))
+        self._used_tokens += size
+        return full_pack
 
-    def rest(self) -> Pack | None:
+    def flush(self) -> Pack | None:
         """The pack begun, as it is."""
-        packed = graft(self._waiting, self._shared) if self._waiting else None
-        self._waiting, self._used = [], self._shared
+        packed = graft(self._trees, self._shared) if self._trees else None
+        self._trees, self._used_tokens = [], self._shared
         return packed
 
 
@@ -114,9 +114,9 @@ def pack(trees: Iterable[tuple[int, Tree]], length: int, shared: int) -> Iterato
     """All packs of (owner, tree) pairs: see `Packer`."""
     packer = Packer(length, shared)
     for owner, tree in trees:
-        full = packer.add(owner, tree)
-        if full is not None:
-            yield full
-    last = packer.rest()
-    if last is not None:
-        yield last
+        full_pack = packer.add(owner, tree)
+        if full_pack is not None:
+            yield full_pack
+    last_pack = packer.flush()
+    if last_pack is not None:
+        yield last_pack

@@ -56,13 +56,13 @@ def clean(text: str) -> str:
     width, direction marks) go, `###` goes, and so does a `Speaker_3:` at the start. Elsewhere it
     loses its colon.
     """
-    kept = []
+    characters = []
     for character in text:
         category = unicodedata.category(character)
         if category == "Cf" or category == "Cs":
             continue
-        kept.append(" " if category == "Cc" else character)
-    line = _SPACE.sub(" ", _HASHES.sub(" ", "".join(kept)))
+        characters.append(" " if category == "Cc" else character)
+    line = _SPACE.sub(" ", _HASHES.sub(" ", "".join(characters)))
     return _FAKE_TURN.sub(r"\1 ", _FAKE_SPEAKER.sub("", line)).strip()
 
 
@@ -163,16 +163,16 @@ class PaperTemplate(Template):
             Content(text),
             Text(f'"> from <{", ".join(labels)}>:'),
         ]
-        for said, label in demonstrations:
-            pieces += [Text(' < "'), Content(said), Text(f'">: {label}\n')]
+        for example, label in demonstrations:
+            pieces += [Text(' < "'), Content(example), Text(f'">: {label}\n')]
         return [*pieces, Control.ANSWER]
 
     def impact(self, speaker: int, labels: Sequence[str]) -> list[Piece]:
-        who = f"Speaker_{speaker}"
+        name = f"Speaker_{speaker}"
         return [
             Text(
                 " ### Based on the above historical utterances, next utterance is spoken by "
-                f"<{who}>, please predict the emotion states of <{who}> from "
+                f"<{name}>, please predict the emotion states of <{name}> from "
                 f"<{', '.join(labels)}>:"
             ),
             Control.ANSWER,
@@ -229,8 +229,8 @@ class CompactTemplate(Template):
         later: bool,
     ) -> list[Piece]:
         pieces: list[Piece] = []
-        for said, label in demonstrations:
-            pieces += [Control.SEPARATOR, Text("like:"), Content(said), Text(f" = {label}")]
+        for example, label in demonstrations:
+            pieces += [Control.SEPARATOR, Text("like:"), Content(example), Text(f" = {label}")]
         pieces += [Control.SEPARATOR]
         if later:
             pieces += [Text(f"{speaker}:"), Content(text), Control.SEPARATOR]
@@ -266,12 +266,12 @@ def template(name: str, version: int = TEMPLATE_VERSION) -> Template:
     Raises:
         UsageError: this program has no such template, or not that version of it.
     """
-    found = _TEMPLATES.get(name)
-    if found is None:
+    template_class = _TEMPLATES.get(name)
+    if template_class is None:
         raise UsageError(f"no prompt template {name!r}: choose from {', '.join(_TEMPLATES)}")
     if not 1 <= version <= TEMPLATE_VERSION:
         raise UsageError(
             f"prompt template {name!r} has the versions 1 to {TEMPLATE_VERSION} here, but version "
             f"{version} is asked for: install the ercbatch that the bundle names"
         )
-    return found(version)
+    return template_class(version)

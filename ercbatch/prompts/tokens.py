@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import orjson
 from tokenizers import Tokenizer
 
-from ercbatch.checked import LARGEST
+from ercbatch.checked import INT32_MAX
 from ercbatch.errors import BundleError, foreign_errors
 
 # A token that covers more characters than this in ordinary text is rare; the bound only keeps a
@@ -30,9 +30,9 @@ _LARGEST_FILE = 128 << 20
 """Bytes of a `tokenizer.json`; 34 MB is the largest known (Gemma 3's, of 262,144 tokens)."""
 _LONGEST_STRING = 4096
 """Characters of a token or a pattern: the library compiles longer ones too, but for minutes."""
-_MOST_GROWTH = 64
+_MAX_GROWTH = 64
 """Characters that its normalizers may put in the place of one."""
-_MOST_STEPS = 64
+_MAX_STEPS = 64
 _CHARACTER_MAP = "precompiled_charsmap"
 """SentencePiece's normalization table, the one string that is long: hundreds of thousands."""
 
@@ -111,12 +111,12 @@ def check_tokenizer(path: Path) -> bytes:
         value = orjson.loads(data)
         longest = _longest_string(value)
         steps = list(_steps((value.get("normalizer"), value.get("pre_tokenizer"))))
-        growth = math.prod(map(_growth, steps[:_MOST_STEPS]))
+        growth = math.prod(map(_growth, steps[:_MAX_STEPS]))
     if longest > _LONGEST_STRING:
         raise BundleError(
             f"{path}: a string in it is over {_LONGEST_STRING:,} characters long: do not use it"
         )
-    if growth > _MOST_GROWTH or len(steps) > _MOST_STEPS:
+    if growth > _MAX_GROWTH or len(steps) > _MAX_STEPS:
         raise BundleError(
             f"{path}: it makes up to {growth:,} characters of one, in {len(steps)} steps: do not "
             "use it"
@@ -126,15 +126,15 @@ def check_tokenizer(path: Path) -> bytes:
 
 def _steps(value: object) -> Iterator[Mapping[str, Any]]:
     """The objects anywhere in a JSON value that have a type."""
-    waiting = [value]
-    while waiting:
-        inner = waiting.pop()
+    stack = [value]
+    while stack:
+        inner = stack.pop()
         if isinstance(inner, dict):
             if "type" in inner:
                 yield inner
-            waiting += inner.values()
+            stack += inner.values()
         elif isinstance(inner, list | tuple):
-            waiting += inner
+            stack += inner
 
 
 def _growth(step: Mapping[str, Any]) -> int:
@@ -156,17 +156,17 @@ def _growth(step: Mapping[str, Any]) -> int:
 
 def _longest_string(value: object) -> int:
     """Characters of the longest key or string anywhere in a JSON value, but for character maps."""
-    longest, waiting = 0, [value]
-    while waiting:
-        inner = waiting.pop()
+    longest, stack = 0, [value]
+    while stack:
+        inner = stack.pop()
         if isinstance(inner, str):
             longest = max(longest, len(inner))
         elif isinstance(inner, dict):
             longest = max([longest, *map(len, inner)])
             # A vocabulary's numbers are most of a tokenizer.
-            waiting += [v for k, v in inner.items() if k != _CHARACTER_MAP and type(v) is not int]
+            stack += [v for k, v in inner.items() if k != _CHARACTER_MAP and type(v) is not int]
         elif isinstance(inner, list):
-            waiting += inner
+            stack += inner
     return longest
 
 
@@ -185,11 +185,11 @@ class SegmentTokenizer:
         self.controls = controls
         # Added tokens that are not special (`<tool_call>` in some chat models) are still matched
         # in text; their ids never leave `content`. The unknown token is one that text may yield.
-        unknown = getattr(tokenizer.model, "unk_token", None)
-        self._forbidden = frozenset(
+        unknown_token = getattr(tokenizer.model, "unk_token", None)
+        self._forbidden_ids = frozenset(
             id_
-            for id_, added in tokenizer.get_added_tokens_decoder().items()
-            if added.content != unknown
+            for id_, token in tokenizer.get_added_tokens_decoder().items()
+            if token.content != unknown_token
         )
         self.template = lru_cache(maxsize=4096)(self._encode)
 
@@ -209,7 +209,7 @@ class SegmentTokenizer:
     def _encode(self, text: str) -> tuple[int, ...]:
         with foreign_errors(BundleError, f"{self._source}: fails on a text", "get it again"):
             ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        if ids and max(ids) > LARGEST:
+        if ids and max(ids) > INT32_MAX:
             raise BundleError(
                 f"{self._source}: a token has the id {max(ids)}, which no model has: get it again"
             )
@@ -220,16 +220,16 @@ class SegmentTokenizer:
 
         A longer text loses its end, or with `both_ends` its middle.
         """
-        text = _at_most(text, limit * _CHARACTERS_PER_TOKEN, both_ends)
-        ids = tuple(id_ for id_ in self._encode(text) if id_ not in self._forbidden)
-        return _at_most(ids, limit, both_ends)
+        text = _truncate(text, limit * _CHARACTERS_PER_TOKEN, both_ends)
+        ids = tuple(id_ for id_ in self._encode(text) if id_ not in self._forbidden_ids)
+        return _truncate(ids, limit, both_ends)
 
 
-_Cut = TypeVar("_Cut", str, tuple[int, ...])
+_Sequence = TypeVar("_Sequence", str, tuple[int, ...])
 
 
-def _at_most(whole: _Cut, limit: int, both_ends: bool) -> _Cut:
-    if len(whole) <= limit:
-        return whole
+def _truncate(sequence: _Sequence, limit: int, both_ends: bool) -> _Sequence:
+    if len(sequence) <= limit:
+        return sequence
     end = limit // 2 if both_ends else 0
-    return whole[: limit - end] + whole[len(whole) - end :]
+    return sequence[: limit - end] + sequence[len(sequence) - end :]

@@ -113,20 +113,20 @@ def lay_out(trunk: Segment) -> Tree:
 
     def place(segment: Segment, position: int) -> None:
         children = sorted(segment.children, key=lambda pair: pair[0])
-        own: list[int] = []
-        following = 0
+        indices: list[int] = []
+        next_child = 0
         for offset, token in enumerate(segment.tokens):
-            own.append(len(tokens))
+            indices.append(len(tokens))
             tokens.append(token)
             positions.append(position + offset)
             ends.append(0)
-            while following < len(children) and children[following][0] == offset:
-                place(children[following][1], position + offset + 1)
-                following += 1
-        for index in own:
+            while next_child < len(children) and children[next_child][0] == offset:
+                place(children[next_child][1], position + offset + 1)
+                next_child += 1
+        for index in indices:
             ends[index] = len(tokens)
         if segment.read is not None:
-            reads.append((own[-1], segment.read))
+            reads.append((indices[-1], segment.read))
 
     place(trunk, 0)
     return Tree(
@@ -202,14 +202,16 @@ class Renderer:
             UsageError: a question that cannot be asked.
         """
         scene = _Scene(self, dialogue)
-        asked = sorted(
+        turn_questions = sorted(
             (q for q in questions if q.task is not Task.SPEAKER),
             key=_by_prompt_end,
         )
-        trees = [scene.block(start, block) for start, block in scene.blocks(asked)]
-        about_speakers = [q for q in questions if q.task is Task.SPEAKER]
+        trees = [scene.block(start, block) for start, block in scene.blocks(turn_questions)]
+        speaker_questions = [q for q in questions if q.task is Task.SPEAKER]
         size = self.window.stride  # no tree should grow with the dialogue
-        groups = [about_speakers[at : at + size] for at in range(0, len(about_speakers), size)]
+        groups = [
+            speaker_questions[at : at + size] for at in range(0, len(speaker_questions), size)
+        ]
         return trees + [scene.speaker_tree(group) for group in groups]
 
     def separate_prompt(
@@ -234,8 +236,8 @@ class Renderer:
 
     def starts(self, dialogue: Dialogue, questions: Sequence[Question]) -> dict[Question, int]:
         """The first turn that each (emotion or impact) question has in view."""
-        asked = sorted(questions, key=_by_prompt_end)
-        blocks = _Scene(self, dialogue).blocks(asked)
+        ordered = sorted(questions, key=_by_prompt_end)
+        blocks = _Scene(self, dialogue).blocks(ordered)
         return {question: start for start, block in blocks for question, _ in block}
 
 
@@ -301,8 +303,8 @@ class _Scene:
         root = Segment(branch + list(choices[0].path), read=Read(question, 0))
         segments = [root]
         for i, choice in enumerate(choices[1:], start=1):
-            above = choices[choice.parent].path
-            child = Segment(list(choice.path[len(above) :]), read=Read(question, i))
+            parent_path = choices[choice.parent].path
+            child = Segment(list(choice.path[len(parent_path) :]), read=Read(question, i))
             parent = segments[choice.parent]
             parent.children.append((len(parent.tokens) - 1, child))
             segments.append(child)
@@ -317,30 +319,32 @@ class _Scene:
         each would need a full block of its own.
         """
         head = len(self._renderer.head)
-        longest = max((len(c.path) for c in self._renderer.trie.choices), default=0)
-        before = np.concatenate([[0], np.cumsum([len(turn) for turn in self.turns])])
+        longest_path = max((len(c.path) for c in self._renderer.trie.choices), default=0)
+        offsets = np.concatenate([[0], np.cumsum([len(turn) for turn in self.turns])])
         blocks: list[tuple[int, _Block]] = []
-        previous = -1
+        last_window_start = -1
         for question in questions:
             branch = self.branch(question)
-            room = self._window.max_tokens - head - len(branch) - longest
+            room = self._window.max_tokens - head - len(branch) - longest_path
             stop = self.last_visible(question) + 1
-            while question.demonstrations and room < before[stop] - before[question.utterance]:
+            while question.demonstrations and room < offsets[stop] - offsets[question.utterance]:
                 question = Question(question.task, question.utterance, question.demonstrations[:-1])
                 branch = self.branch(question)
-                room = self._window.max_tokens - head - len(branch) - longest
+                room = self._window.max_tokens - head - len(branch) - longest_path
             first = question.utterance - question.utterance % self._window.stride
-            wanted = max(0, first - self._window.turns)
-            start = blocks[-1][0] if blocks and wanted == previous else wanted
-            if before[stop] - before[start] > room:
+            window_start = max(0, first - self._window.turns)
+            start = blocks[-1][0] if blocks and window_start == last_window_start else window_start
+            if offsets[stop] - offsets[start] > room:
                 follow = (question.utterance + 1) % self._window.stride != 0
-                start = int(np.searchsorted(before, before[stop] - (room // 2 if follow else room)))
-                start = max(min(start, stop - 1), wanted)
-            if blocks and wanted == previous and start == blocks[-1][0]:
+                start = int(
+                    np.searchsorted(offsets, offsets[stop] - (room // 2 if follow else room))
+                )
+                start = max(min(start, stop - 1), window_start)
+            if blocks and window_start == last_window_start and start == blocks[-1][0]:
                 blocks[-1][1].append((question, branch))
             else:
                 blocks.append((start, [(question, branch)]))
-            previous = wanted
+            last_window_start = window_start
         return blocks
 
     def block(self, start: int, block: _Block) -> Tree:

@@ -41,8 +41,8 @@ _MENTION = re.compile(r"(?<![\w@])@\w+")
 _SHORT_CODE = re.compile(r"(?<!\w):([a-z][a-z_+-]{1,40}):(?!\w)")
 _MAY_BE_EMOJI = re.compile(r"[\u203c-\u3299\U0001f000-\U0001faff]")
 _SKIN_TONE = re.compile(r"_(?:medium-light|medium-dark|light|medium|dark)_skin_tone")
-_ROW_OF_ONE = re.compile(r"( :[^:\n]{2,80}: )\1{2,}")
-_LONG = re.compile(r"([^\W\d_]|[!?])\1{2,}|([^\W\d_]{2})\2{2,}|\.{4,}", re.IGNORECASE)
+_EMOJI_ROW = re.compile(r"( :[^:\n]{2,80}: )\1{2,}")
+_REPEATED = re.compile(r"([^\W\d_]|[!?])\1{2,}|([^\W\d_]{2})\2{2,}|\.{4,}", re.IGNORECASE)
 
 
 def in_words(text: str) -> str:
@@ -55,16 +55,16 @@ def in_words(text: str) -> str:
     - Of a letter, syllable, `!` or `?` that stands three times in a row or more, two stay
       (`noo`, `haha`). More than three dots become three.
     """
-    own = _QUOTE.sub("", text) if ">" in text else text
-    own = own if own.strip() else text
-    own = _MENTION.sub("@user", _ADDRESS.sub("address", _LINK.sub("link", own)))
-    own = _EMOTICON.sub(lambda found: _between_colons(_EMOTICONS[found[0]]), own)
-    own = _SHORT_CODE.sub(lambda found: _between_colons(found[1]), own)
-    if _MAY_BE_EMOJI.search(own):
+    body = _QUOTE.sub("", text) if ">" in text else text
+    body = body if body.strip() else text
+    body = _MENTION.sub("@user", _ADDRESS.sub("address", _LINK.sub("link", body)))
+    body = _EMOTICON.sub(lambda match: _between_colons(_EMOTICONS[match[0]]), body)
+    body = _SHORT_CODE.sub(lambda match: _between_colons(match[1]), body)
+    if _MAY_BE_EMOJI.search(body):
         import emoji  # a tenth of a second, for the inputs that have any
 
-        own = emoji.replace_emoji(own, _name)
-    return _LONG.sub(_shorten, _ROW_OF_ONE.sub(r"\1\1", own))
+        body = emoji.replace_emoji(body, _name)
+    return _REPEATED.sub(_shorten, _EMOJI_ROW.sub(r"\1\1", body))
 
 
 def _name(_emoji: str, data: dict[str, Any]) -> str:
@@ -75,6 +75,6 @@ def _between_colons(name: str) -> str:
     return f" :{name.replace('_', ' ')}: "
 
 
-def _shorten(found: re.Match[str]) -> str:
-    repeated = found[1] or found[2]
-    return found[0][: 2 * len(repeated)] if repeated else "..."
+def _shorten(match: re.Match[str]) -> str:
+    repeated = match[1] or match[2]
+    return match[0][: 2 * len(repeated)] if repeated else "..."

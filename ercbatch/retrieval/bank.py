@@ -33,7 +33,7 @@ _LINKS = 16
 """hnswlib's M: links of an element in the index, twice as many on its lowest level."""
 CANDIDATES = 32
 """Candidates taken for each demonstration asked for, out of which labels are balanced."""
-_WIDER = 8
+_WIDENING = 8
 """Times as many are taken where those hold too few labels, before all of the bank is searched."""
 
 
@@ -66,7 +66,7 @@ class DemonstrationBank:
         members: dict[str, list[int]] = {}
         for i, demonstration in enumerate(self.demonstrations):
             members.setdefault(demonstration.label, []).append(i)
-        self._by_label = {label: np.array(of, np.int64) for label, of in members.items()}
+        self._by_label = {label: np.array(indices, np.int64) for label, indices in members.items()}
         self._index = index
         if index is None and len(demonstrations) >= _EXACT_BELOW:
             self._index = rebuild_index(self.vectors)
@@ -96,28 +96,28 @@ class DemonstrationBank:
             exclude: for each query the texts never to return (the utterance itself, say), whatever
                 their case, punctuation and spaces.
         """
-        found = []
+        neighbours = []
         for row, query in enumerate(queries):
             label = labels[row] if labels is not None else None
-            banned = {text_key(text) for text in exclude[row]} if exclude is not None else set()
-            taken = self._search(query, count, label, banned) if count else []
-            found.append(tuple(self.demonstrations[i] for i in taken))
-        return found
+            excluded = {text_key(text) for text in exclude[row]} if exclude is not None else set()
+            indices = self._search(query, count, label, excluded) if count else []
+            neighbours.append(tuple(self.demonstrations[i] for i in indices))
+        return neighbours
 
     def _search(
-        self, query: Vectors, count: int, label: str | None, banned: Collection[str]
+        self, query: Vectors, count: int, label: str | None, excluded: Collection[str]
     ) -> list[int]:
         if label is not None:
             members = self._by_label.get(label, np.empty(0, np.int64))
-            return self._rounds(self._ranked(query, members), count, banned, 1)[0]
+            return self._rounds(self._ranked(query, members), count, excluded, 1)[0]
         labels = len(self._by_label)
         if self._index is not None:
-            for wanted in (count * CANDIDATES, count * CANDIDATES * _WIDER):
-                candidates = self._approximate(self._index, query, wanted)
-                taken, settled = self._rounds(candidates, count, banned, labels)
-                if settled:
-                    return taken
-        return self._rounds(self._ranked(query), count, banned, labels)[0]
+            for candidate_count in (count * CANDIDATES, count * CANDIDATES * _WIDENING):
+                candidates = self._approximate(self._index, query, candidate_count)
+                indices, complete = self._rounds(candidates, count, excluded, labels)
+                if complete:
+                    return indices
+        return self._rounds(self._ranked(query), count, excluded, labels)[0]
 
     def _ranked(
         self, query: Vectors, members: npt.NDArray[np.int64] | None = None
@@ -129,47 +129,47 @@ class DemonstrationBank:
         return order if members is None else members[order]
 
     def _approximate(
-        self, index: hnswlib.Index, query: Vectors, wanted: int
+        self, index: hnswlib.Index, query: Vectors, count: int
     ) -> npt.NDArray[np.int64]:
         """The nearest by the index, by falling similarity; none where the index fails."""
-        wanted = min(wanted, len(self))
-        index.set_ef(search_breadth(wanted, len(self)))
+        count = min(count, len(self))
+        index.set_ef(search_breadth(count, len(self)))
         try:
-            ids, distances = index.knn_query(query[None], k=wanted, num_threads=1)
+            ids, distances = index.knn_query(query[None], k=count, num_threads=1)
         except RuntimeError:  # many equal vectors can cut an hnsw graph into islands
             return np.empty(0, np.int64)
         order = np.lexsort((ids[0], distances[0]))
         return np.asarray(ids[0][order], np.int64)
 
     def _rounds(
-        self, ranked: npt.NDArray[np.int64], count: int, banned: Collection[str], labels: int
+        self, ranked: npt.NDArray[np.int64], count: int, excluded: Collection[str], labels: int
     ) -> tuple[list[int], bool]:
         """(the first `count` in rounds over the labels, whether more candidates change nothing)."""
         depth = -(-count // labels) if labels else 0
-        seen: dict[str, int] = {}
-        taken: list[tuple[int, int, int]] = []
-        settled = 0
+        label_counts: dict[str, int] = {}
+        ranking: list[tuple[int, int, int]] = []
+        full_labels = 0
         for place, i in enumerate(ranked.tolist()):
-            if self._keys[i] in banned:
+            if self._keys[i] in excluded:
                 continue
             label = self.demonstrations[i].label
-            seen[label] = seen.get(label, 0) + 1
-            taken.append((seen[label], place, i))
-            settled += seen[label] == depth
-            if settled == min(count, labels):
+            label_counts[label] = label_counts.get(label, 0) + 1
+            ranking.append((label_counts[label], place, i))
+            full_labels += label_counts[label] == depth
+            if full_labels == min(count, labels):
                 break
-        return [i for _, _, i in sorted(taken)[:count]], settled == min(count, labels)
+        return [i for _, _, i in sorted(ranking)[:count]], full_labels == min(count, labels)
 
     def restricted(self, labels: LabelSet) -> DemonstrationBank:
         """The bank under another label set: its names; entries with no label there left out."""
-        renamed = [labels.canonical(d.label) for d in self.demonstrations]
-        if renamed == [d.label for d in self.demonstrations]:
+        names = [labels.canonical(d.label) for d in self.demonstrations]
+        if names == [d.label for d in self.demonstrations]:
             return self
-        kept = [i for i, label in enumerate(renamed) if label is not None]
+        indices = [i for i, label in enumerate(names) if label is not None]
         return DemonstrationBank(
-            [Demonstration(self.demonstrations[i].text, renamed[i] or "") for i in kept],
-            self.vectors if len(kept) == len(self) else self.vectors[kept],
-            self._index if len(kept) == len(self) else None,
+            [Demonstration(self.demonstrations[i].text, names[i] or "") for i in indices],
+            self.vectors if len(indices) == len(self) else self.vectors[indices],
+            self._index if len(indices) == len(self) else None,
         )
 
     def save(self, folder: Path) -> None:
@@ -216,14 +216,14 @@ def build_bank(
     return DemonstrationBank(demonstrations, encoder.encode([d.text for d in demonstrations]))
 
 
-def search_breadth(wanted: int, size: int) -> int:
-    """Hnswlib's ef: how many elements a search for the `wanted` nearest of `size` keeps in view.
+def search_breadth(count: int, size: int) -> int:
+    """Hnswlib's ef: how many elements a search for the `count` nearest of `size` keeps in view.
 
     It grows with the bank, or recall falls: the first three neighbours of real comments, with ef
     at 384, were found to 100 % among 20,000, 99.7 % among 40,000 and 98.3 % among a million. What
     a search keeps beyond the wanted ones makes these the right ones.
     """
-    return max(wanted + wanted // 2, round(20 * math.pow(size, 0.25)))
+    return max(count + count // 2, round(20 * math.pow(size, 0.25)))
 
 
 def rebuild_index(vectors: Vectors) -> hnswlib.Index:
@@ -306,11 +306,11 @@ def balance(
     keeps more of the frequent labels, which `nearest` balances among the results anyway.
     """
     random = np.random.default_rng(seed)
-    kept: set[int] = set()
+    indices: set[int] = set()
     for label in dict.fromkeys(d.label for d in demonstrations):
         members = [i for i, d in enumerate(demonstrations) if d.label == label]
-        kept.update(int(i) for i in random.permutation(members)[:per_label])
-    return [d for i, d in enumerate(demonstrations) if i in kept]
+        indices.update(int(i) for i in random.permutation(members)[:per_label])
+    return [d for i, d in enumerate(demonstrations) if i in indices]
 
 
 def text_key(text: str) -> str:

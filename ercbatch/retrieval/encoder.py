@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ercbatch.prompts.tokens import load_tokenizer
 from ercbatch.scoring.onnx_scorer import open_session, run_session
 
-MOST_TOKENS = 128
+MAX_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""
-_MOST_CHARACTERS = 32
+_CHARACTERS_PER_TOKEN = 32
 """Characters read for each token that counts: a text of megabytes need not be tokenized whole."""
 _BATCH_TOKENS = 512
 """Tokens in one run of the encoder, at most; larger runs leave the processor's caches."""
@@ -24,7 +24,7 @@ class SentenceEncoder:
     """Texts to unit vectors; pooling and normalization are in the graph."""
 
     def __init__(
-        self, model: Path, tokenizer: Path, *, threads: int = 1, max_tokens: int = MOST_TOKENS
+        self, model: Path, tokenizer: Path, *, threads: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         self._path = model
         self._session = open_session(model, threads)
@@ -33,7 +33,7 @@ class SentenceEncoder:
         self._tokenizer.enable_truncation(max_tokens)
         # "[SEP]" in a text is five characters, not the end of the sentence.
         self._tokenizer.encode_special_tokens = True
-        self._most_characters = _MOST_CHARACTERS * max_tokens
+        self._max_characters = _CHARACTERS_PER_TOKEN * max_tokens
         self.dim = len(self._run([[0]])[0])
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -44,7 +44,7 @@ class SentenceEncoder:
         thread against 440 in padded batches of 2,048 tokens). A text without tokens (a blank one,
         where the tokenizer adds no marks) has the zero vector.
         """
-        encoded = self._tokenizer.encode_batch([text[: self._most_characters] for text in texts])
+        encoded = self._tokenizer.encode_batch([text[: self._max_characters] for text in texts])
         ids = [e.ids for e in encoded]
         vectors = np.zeros((len(ids), self.dim), np.float32)
         by_length = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))

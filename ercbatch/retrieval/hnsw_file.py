@@ -18,7 +18,7 @@ _HEADER = struct.Struct("<6QiI3QdQ")
 """Offset of level 0, capacity, elements, bytes an element, offsets of label and vector, highest
 level, entry point, links on higher levels and on level 0, M, the levels' factor, and how many
 candidates it was built with."""
-_HIGHEST = 64
+_MAX_LEVELS = 64
 """More levels than a bank of any size has."""
 
 
@@ -32,15 +32,15 @@ def is_sound(path: Path, elements: int, dim: int, links: int) -> bool:
     if len(data) < _HEADER.size:
         return False
     head = _HEADER.unpack(data[: _HEADER.size].tobytes())
-    highest, entry, above, below, m, factor, _ = head[6:]
+    highest, entry, upper_links, lowest_links, m, factor, _ = head[6:]
     element = _element(2 * links, dim)
     size = element.itemsize
     if head[:6] != (0, elements, elements, size, size - 8, 4 + 8 * links):
         return False
-    if (above, below, m) != (links, 2 * links, links) or not 0 < factor < np.inf:
+    if (upper_links, lowest_links, m) != (links, 2 * links, links) or not 0 < factor < np.inf:
         return False
     start = _HEADER.size + elements * size
-    if not (0 <= highest < _HIGHEST and entry < elements and start <= len(data)):
+    if not (0 <= highest < _MAX_LEVELS and entry < elements and start <= len(data)):
         return False
     lowest = data[_HEADER.size : start].view(element)
     if not (np.sort(lowest["label"]) == np.arange(elements)).all():
@@ -63,11 +63,11 @@ def _links_lead_somewhere(
     lists: npt.NDArray[Any], levels: npt.NDArray[np.int64], level: int
 ) -> bool:
     """Whether the links of lists on a level lead to elements that have such a list too."""
-    most = lists["links"].shape[1]
-    if (lists["count"] > most).any() or lists["deleted"].any():
+    capacity = lists["links"].shape[1]
+    if (lists["count"] > capacity).any() or lists["deleted"].any():
         return False
-    found = lists["links"][np.arange(most) < lists["count"][:, None]]
-    return bool((found < len(levels)).all() and (levels[found] >= level).all())
+    targets = lists["links"][np.arange(capacity) < lists["count"][:, None]]
+    return bool((targets < len(levels)).all() and (levels[targets] >= level).all())
 
 
 def _is_sound_above(
@@ -82,8 +82,8 @@ def _is_sound_above(
             return False
         size = int.from_bytes(raw[place : place + 4], "little")
         place += 4
-        levels[i], rest = divmod(size, kind.itemsize)
-        if rest or levels[i] > highest or place + size > len(raw):
+        levels[i], remainder = divmod(size, kind.itemsize)
+        if remainder or levels[i] > highest or place + size > len(raw):
             return False
         for level in range(levels[i]):
             lists[level].append(place + level * kind.itemsize)

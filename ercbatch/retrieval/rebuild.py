@@ -34,9 +34,9 @@ def rebuild_with_examples(
     bundle = open_bundle(find_bundle(name))
     check_output(output, MANIFEST, force=force, inputs=[bundle.folder, examples])
     labels = bundle.info.label_set(label_set)
-    found = read_examples(examples, labels)
+    entries = read_examples(examples, labels)
     encoder = open_retriever(bundle, available_threads()).encoder
-    bank = DemonstrationBank(found, encoder.encode([d.text for d in found]))
+    bank = DemonstrationBank(entries, encoder.encode([d.text for d in entries]))
     # The figures of the old bundle, and its card, were not measured with these demonstrations.
     info = replace(
         bundle.info,
@@ -44,7 +44,7 @@ def rebuild_with_examples(
         demonstrations=demonstrations,
         quality=(),
         calibration={},
-        data=(*bundle.info.data, f"demonstrations: {len(found):,} examples of {examples.name}"),
+        data=(*bundle.info.data, f"demonstrations: {len(entries):,} examples of {examples.name}"),
     )
 
     def fill(part: Path) -> BundleInfo:
@@ -55,23 +55,23 @@ def rebuild_with_examples(
         return info
 
     write_bundle(output, fill, force=force)
-    return len(found), _doubt(bundle.info, labels.name)
+    return len(entries), _warning(bundle.info, labels.name)
 
 
 _NOISE = 0.01
 """Weighted F1 that a validation split of a thousand utterances cannot tell from none."""
 
 
-def _doubt(info: BundleInfo, label_set: str) -> str | None:
+def _warning(info: BundleInfo, label_set: str) -> str | None:
     """What the bundle's own figures say against demonstrations, which not every model can use."""
     for quality in info.quality:
-        plain, shown = quality.weighted_f1, quality.weighted_f1_with_demonstrations
-        if quality.label_set != label_set or plain is None or shown is None:
+        f1_without, f1_with = quality.weighted_f1, quality.weighted_f1_with_demonstrations
+        if quality.label_set != label_set or f1_without is None or f1_with is None:
             continue
-        if shown > plain - _NOISE:
+        if f1_with > f1_without - _NOISE:
             return None
         return (
             f"demonstrations made the labels of bundle {info.name} worse on its {quality.title} "
-            f"(weighted F1 {shown:.1%}, {plain:.1%} without)"
+            f"(weighted F1 {f1_with:.1%}, {f1_without:.1%} without)"
         )
     return f"what demonstrations do to the labels of bundle {info.name} has not been measured"

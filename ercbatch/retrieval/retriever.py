@@ -25,12 +25,12 @@ class Retriever:
 
     def demonstrations(self, texts: list[str], count: int) -> list[tuple[tuple[str, str], ...]]:
         """(text, label) pairs for each text, `count` of them where the bank has as many."""
-        several = list(dict.fromkeys(texts))
-        own = [[text] for text in several]
-        found = self.bank.nearest(self.encoder.encode(several), count, exclude=own)
-        shown = [tuple((d.text, d.label) for d in few) for few in found]
-        of_text = dict(zip(several, shown, strict=True))
-        return [of_text[text] for text in texts]
+        unique_texts = list(dict.fromkeys(texts))
+        excluded = [[text] for text in unique_texts]
+        neighbours = self.bank.nearest(self.encoder.encode(unique_texts), count, exclude=excluded)
+        pairs = [tuple((d.text, d.label) for d in nearest) for nearest in neighbours]
+        pairs_of = dict(zip(unique_texts, pairs, strict=True))
+        return [pairs_of[text] for text in texts]
 
 
 def open_retriever(bundle: Bundle, threads: int) -> Retriever:

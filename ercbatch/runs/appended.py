@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ercbatch.errors import OutputError, UsageError
 
-TO_ADD = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+APPEND_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 """Flags of a file that is added to; a link in its place is an error."""
 
 
@@ -38,19 +38,19 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def write_all(file: int, data: bytes | bytearray) -> None:
     """Write all of the data, in as many calls as it takes."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[os.write(file, remaining) :]
 
 
-class Appended:
+class AppendedFile:
     """A file that a run appends to, locked against other runs.
 
     Bytes up to a commit stay. Bytes after it may be lost.
 
     Args:
         path: of the file.
-        kept: the beginning of it that stays; None to begin an empty file.
+        prefix: the beginning of it that stays; None to begin an empty file.
 
     Raises:
         OSError: it cannot be read or cut.
@@ -58,16 +58,16 @@ class Appended:
         UsageError: it cannot be opened, or another run writes to it.
     """
 
-    _GATHERED = 1 << 20
+    _BUFFER_BYTES = 1 << 20
     """Bytes that are written at a time."""
 
-    def __init__(self, path: Path, kept: Prefix | None = None) -> None:
+    def __init__(self, path: Path, prefix: Prefix | None = None) -> None:
         self.path = path
-        self._length = kept.bytes if kept is not None else 0
+        self._length = prefix.bytes if prefix is not None else 0
         self._sha256 = hashlib.sha256()
-        self._gathered = bytearray()
+        self._buffer = bytearray()
         try:
-            self._file = os.open(path, TO_ADD, 0o666)
+            self._file = os.open(path, APPEND_FLAGS, 0o666)
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be written: {error.strerror}: choose another file"
@@ -75,8 +75,8 @@ class Appended:
         try:
             with named_errors(path):
                 lock(self._file, path)
-                self._keep(self._length)
-                if kept not in (None, self.written()):
+                self._hash_prefix(self._length)
+                if prefix not in (None, self.written()):
                     raise OutputError(
                         f"{path}: it is not what its journal says: begin again with --force"
                     )
@@ -90,10 +90,10 @@ class Appended:
         """All of the file up to now, flushed or not."""
         return Prefix(self._length, self._sha256.hexdigest())
 
-    def _keep(self, length: int) -> None:
-        with open(self._file, "rb", closefd=False) as kept:
+    def _hash_prefix(self, length: int) -> None:
+        with open(self._file, "rb", closefd=False) as file:
             while length:
-                piece = kept.read(min(length, self._GATHERED))
+                piece = file.read(min(length, self._BUFFER_BYTES))
                 if not piece:
                     raise OutputError(
                         f"{self.path}: it is shorter than its journal says: begin again with "
@@ -108,10 +108,10 @@ class Appended:
         Raises:
             OSError: they cannot be written.
         """
-        self._gathered += data
+        self._buffer += data
         self._sha256.update(data)
         self._length += len(data)
-        if len(self._gathered) >= self._GATHERED:
+        if len(self._buffer) >= self._BUFFER_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -121,8 +121,8 @@ class Appended:
             OSError: it cannot be written.
         """
         with named_errors(self.path):
-            write_all(self._file, self._gathered)
-        self._gathered = bytearray()
+            write_all(self._file, self._buffer)
+        self._buffer = bytearray()
 
     def settle(self) -> None:
         """Bring what is flushed to the disk.
@@ -134,10 +134,10 @@ class Appended:
         with named_errors(self.path):
             os.fsync(self._file)
         try:
-            same = os.path.samestat(os.fstat(self._file), os.stat(self.path))
+            in_place = os.path.samestat(os.fstat(self._file), os.stat(self.path))
         except FileNotFoundError:
-            same = False
-        if self._length and not same:
+            in_place = False
+        if self._length and not in_place:
             raise OutputError(f"{self.path}: somebody has moved or removed it: begin again")
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Appended:
         os.close(self._file)
 
 
-def put_in_place(part: Path, whole: Path) -> None:
+def put_in_place(part: Path, target: Path) -> None:
     """Rename a complete file, and bring the new name to the disk.
 
     What is replaced hands on who may read it.
@@ -154,9 +154,9 @@ def put_in_place(part: Path, whole: Path) -> None:
         OSError: it cannot be.
     """
     with suppress(FileNotFoundError):
-        shutil.copymode(whole, part)
-    os.replace(part, whole)
-    sync_folder(whole.parent)
+        shutil.copymode(target, part)
+    os.replace(part, target)
+    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ercbatch.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
 from ercbatch.digests import file_sha256
 from ercbatch.errors import InputError, UsageError
-from ercbatch.inputs.files import shown
+from ercbatch.inputs.files import decode_name
 from ercbatch.labeler import Labeler
 from ercbatch.runs.journal import FORMAT
 from ercbatch.runs.output import Files
@@ -24,20 +24,20 @@ class Inputs:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.description: list[dict[str, str | int]] = []
-        self._seen: list[tuple[str, os.stat_result]] = []
+        self._statuses: list[tuple[str, os.stat_result]] = []
         for name in names:
-            entry: dict[str, str | int] = {"file": shown(name)}
+            entry: dict[str, str | int] = {"file": decode_name(name)}
             if can_resume([name]):
                 try:
                     with open(name, "rb") as file:
-                        seen = os.fstat(file.fileno())
-                        entry["bytes"] = seen.st_size
+                        status = os.fstat(file.fileno())
+                        entry["bytes"] = status.st_size
                         entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
                 except OSError as error:
                     raise InputError(
-                        f"{shown(name)}: cannot be read ({error.strerror}): check its rights"
+                        f"{decode_name(name)}: cannot be read ({error.strerror}): check its rights"
                     ) from error
-                self._seen.append((name, seen))
+                self._statuses.append((name, status))
             self.description.append(entry)
 
     def check(self) -> None:
@@ -46,15 +46,15 @@ class Inputs:
         Raises:
             InputError: one is not.
         """
-        for name, seen in self._seen:
+        for name, status in self._statuses:
             try:
-                now = os.stat(name)
+                current = os.stat(name)
             except OSError:
                 continue  # it was there while it was read
-            if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns):
+            if (current.st_size, current.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
                 raise InputError(
-                    f"{shown(name)}: it was changed while it was labelled: label it anew with "
-                    "--force"
+                    f"{decode_name(name)}: it was changed while it was labelled: label it anew "
+                    "with --force"
                 )
 
 
@@ -72,46 +72,48 @@ def identity_of(
             "sha256": file_sha256(bundle.folder / BUNDLE_MANIFEST),
         },
         "options": {**labeler.options(), **asdict(options.limits)},
-        "rejects": shown(str(files.rejects)),
+        "rejects": decode_name(str(files.rejects)),
     }
 
 
-def check_same(was: dict[str, Any], now: dict[str, Any], files: Files) -> None:
+def check_same(recorded: dict[str, Any], current: dict[str, Any], files: Files) -> None:
     """Check that a run may resume another one.
 
     Raises:
         UsageError: they differ; the message says in what.
     """
-    found = differences(was, now)
-    if found:
+    differences = find_differences(recorded, current)
+    if differences:
         raise UsageError(
-            f"{files.part} is of another run ({'; '.join(found)}): run it as it was, or begin anew "
-            "with --force"
+            f"{files.part} is of another run ({'; '.join(differences)}): run it as it was, or "
+            "begin anew with --force"
         )
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:
+def find_differences(
+    recorded: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     """What differs between two such values: `name: old, now new` for each."""
-    found: list[str] = []
-    for key in [*was, *(key for key in now if key not in was)]:
-        old, new = was.get(key), now.get(key)
-        name = f"{under}{key}"
+    differences: list[str] = []
+    for key in [*recorded, *(key for key in current if key not in recorded)]:
+        old, new = recorded.get(key), current.get(key)
+        name = f"{prefix}{key}"
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            names = [_entry(place, value) for place, value in enumerate(old, start=1)]
+            names = [_entry_name(place, value) for place, value in enumerate(old, start=1)]
             old, new = dict(zip(names, old, strict=True)), dict(zip(names, new, strict=True))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
+            differences += find_differences(old, new, f"{name}.")
         elif old != new:
-            found.append(f"{name}: {_said(old)}, now {_said(new)}")
-    return found
+            differences.append(f"{name}: {_format_value(old)}, now {_format_value(new)}")
+    return differences
 
 
-def _entry(place: int, value: object) -> str:
+def _entry_name(place: int, value: object) -> str:
     file = value.get("file") if isinstance(value, Mapping) else None
     return f"{place} ({file})" if file else str(place)
 
 
-def _said(value: object) -> str:
+def _format_value(value: object) -> str:
     if value is None:
         return "missing"
     # Lists may be long, or lie deep inside each other.

@@ -23,13 +23,13 @@ import orjson
 from ercbatch.checked import integer, mapping, number, string
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import BEGINNING, Position
-from ercbatch.runs.appended import TO_ADD, Prefix, lock, named_errors, sync_folder, write_all
+from ercbatch.runs.appended import APPEND_FLAGS, Prefix, lock, named_errors, sync_folder, write_all
 
 FORMAT = 4
 _CHECK = b',"check":"'
-_DIGITS = 16
+_CHECK_DIGITS = 16
 """Hexadecimal digits of a line's digest that are written."""
-_LARGEST = 2**63 - 1
+_INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Commit:
         return cls(
             ResumePoint(
                 Position(**_integers(Position.__slots__, point["chunk"])),
-                integer(point["written"], high=_LARGEST),
+                integer(point["written"], high=_INT64_MAX),
                 Counts.from_json(point["counts"]),
                 number(point["seconds"]),
             ),
@@ -101,12 +101,12 @@ class Commit:
 
 
 def _prefix(value: object) -> Prefix:
-    told = mapping(value)
-    return Prefix(integer(told["bytes"], high=_LARGEST), string(told["sha256"]))
+    values = mapping(value)
+    return Prefix(integer(values["bytes"], high=_INT64_MAX), string(values["sha256"]))
 
 
 def _integers(names: Iterable[str], value: object) -> dict[str, int]:
-    return {name: integer(mapping(value)[name], high=_LARGEST) for name in names}
+    return {name: integer(mapping(value)[name], high=_INT64_MAX) for name in names}
 
 
 class Journal:
@@ -125,7 +125,7 @@ class Journal:
         self.identity: dict[str, Any] | None = None
         self.commit: Commit | None = None
         self.manifest: dict[str, Any] | None = None
-        self._file = _locked(path)
+        self._file = _open_locked(path)
         try:
             self._end = self._read()
             self.foreign = self.identity is None and os.fstat(self._file).st_size > 0
@@ -139,7 +139,7 @@ class Journal:
         with open(self._file, "rb", closefd=False) as lines:
             for line in lines:
                 try:
-                    self._take(_value(line))
+                    self._take(_from_line(line))
                 except (KeyError, TypeError, ValueError):
                     break
                 end += len(line)
@@ -183,7 +183,7 @@ class Journal:
         self.manifest = dict(manifest)
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        line = _line(value)
+        line = _to_line(value)
         with named_errors(self.path):
             os.ftruncate(self._file, self._end)  # what a run that died had begun to write
             os.lseek(self._file, self._end, os.SEEK_SET)
@@ -215,10 +215,10 @@ class Journal:
         os.close(self._file)
 
 
-def _locked(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     while True:
         try:
-            file = os.open(path, TO_ADD, 0o666)
+            file = os.open(path, APPEND_FLAGS, 0o666)
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be written: {error.strerror}: choose another --output"
@@ -236,23 +236,23 @@ def _locked(path: Path) -> int:
         os.close(file)
 
 
-def _line(value: Mapping[str, Any]) -> bytes:
+def _to_line(value: Mapping[str, Any]) -> bytes:
     body = orjson.dumps(value)[:-1]
-    return body + _end(body)
+    return body + _line_end(body)
 
 
-def _value(line: bytes) -> dict[str, Any]:
+def _from_line(line: bytes) -> dict[str, Any]:
     """What a line says.
 
     Raises:
         ValueError: it is not as it was written.
     """
     body = line[: line.rfind(_CHECK)]
-    if body + _end(body) != line:
+    if body + _line_end(body) != line:
         raise ValueError("the digest of a line is another")
     value: dict[str, Any] = orjson.loads(body + b"}")
     return value
 
 
-def _end(body: bytes) -> bytes:
-    return _CHECK + hashlib.sha256(body).hexdigest()[:_DIGITS].encode() + b'"}\n'
+def _line_end(body: bytes) -> bytes:
+    return _CHECK + hashlib.sha256(body).hexdigest()[:_CHECK_DIGITS].encode() + b'"}\n'

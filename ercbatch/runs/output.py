@@ -19,9 +19,9 @@ from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
 from ercbatch.digests import file_sha256
 from ercbatch.errors import OutputError
-from ercbatch.inputs.files import MANIFEST, REJECTS, shown
+from ercbatch.inputs.files import MANIFEST, REJECTS, decode_name
 from ercbatch.inputs.records import Reject, dump_record
-from ercbatch.runs.appended import Appended, put_in_place
+from ercbatch.runs.appended import AppendedFile, put_in_place
 from ercbatch.runs.journal import Commit, Journal, ResumePoint
 from ercbatch.terminal.streams import printable
 from ercbatch.terminal.transcript import print_dialogue
@@ -62,13 +62,13 @@ class Files:
         """The manifest until it is whole."""
         return self._beside(MANIFEST + PART)
 
-    def left(self) -> tuple[Path, ...]:
+    def earlier_outputs(self) -> tuple[Path, ...]:
         """What a run has left here: no input, though it be in an input folder."""
         with suppress(OSError, ValueError, TypeError):  # a name that is too long, say
             if self.journal.exists():
                 return self.output, self.rejects
-            told = orjson.loads(self.manifest.read_bytes()) if self.manifest.is_file() else {}
-            if mapping(told).get("rejects") == shown(str(self.rejects)):
+            manifest = orjson.loads(self.manifest.read_bytes()) if self.manifest.is_file() else {}
+            if mapping(manifest).get("rejects") == decode_name(str(self.rejects)):
                 return self.output, self.rejects
         return ()
 
@@ -76,7 +76,7 @@ class Files:
         return self.output.with_name(self.output.name + ending)
 
 
-def tell(reject: Reject) -> None:
+def print_reject(reject: Reject) -> None:
     """Say on stderr what is wrong with a line."""
     print(f"{printable(reject.file)}, line {reject.line}: {reject.reason}", file=sys.stderr)
 
@@ -90,7 +90,7 @@ class StreamOutput:
     """
 
     def __init__(self, rejects: Path | None) -> None:
-        self._rejects = None if rejects is None else Appended(rejects)
+        self._rejects = None if rejects is None else AppendedFile(rejects)
         terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=False) if terminal else None
 
@@ -105,7 +105,7 @@ class StreamOutput:
     def reject(self, reject: Reject, point: ResumePoint) -> None:
         """Write a reject, after which the run is at `point`."""
         if self._rejects is None or reject.ends_file:
-            tell(reject)
+            print_reject(reject)
         if self._rejects is None:
             return
         self._rejects.add(dump_record(reject))
@@ -121,8 +121,8 @@ class StreamOutput:
 class FileOutput:
     """Labelled dialogues in OUT.part and rejects beside it, committed to the journal as they come.
 
-    A thread of its own commits, so that whatever was written is on the disk `every` seconds later,
-    however long the next dialogue takes.
+    A thread of its own commits, so that whatever was written is on the disk `interval` seconds
+    later, however long the next dialogue takes.
 
     Raises:
         OSError: the files cannot be read or cut.
@@ -130,27 +130,27 @@ class FileOutput:
         UsageError: they cannot be opened, or another run writes there.
     """
 
-    def __init__(self, files: Files, journal: Journal, every: float) -> None:
+    def __init__(self, files: Files, journal: Journal, interval: float) -> None:
         self._journal = journal
-        was = journal.commit
+        commit = journal.commit
         # Rejects have their file from the start, so that no other run takes the name meanwhile.
-        if was is None:
-            self._rejects = Appended(files.rejects)
+        if commit is None:
+            self._rejects = AppendedFile(files.rejects)
             try:
-                self._output = Appended(files.part)
+                self._output = AppendedFile(files.part)
             except BaseException:
                 _remove_empty(files.rejects)
                 raise
         else:
-            self._rejects = Appended(files.rejects, was.rejects)
-            self._output = Appended(files.part, was.output)
-        self._every = every
+            self._rejects = AppendedFile(files.rejects, commit.rejects)
+            self._output = AppendedFile(files.part, commit.output)
+        self._interval = interval
         self._point: ResumePoint | None = None
         """What is written and not committed."""
         self._lock = threading.Lock()
-        self._failed: BaseException | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._committing, name="ercbatch-commit")
+        self._failure: BaseException | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._commit_regularly, name="ercbatch-commit")
         self._thread.daemon = True
         self._thread.start()
 
@@ -169,32 +169,32 @@ class FileOutput:
             OSError, OutputError: see `write`.
         """
         if reject.ends_file:
-            tell(reject)
+            print_reject(reject)
         self._add(self._rejects, dump_record(reject), point)
 
-    def _add(self, file: Appended, line: bytes, point: ResumePoint) -> None:
-        if self._failed is not None:
-            raise self._failed
+    def _add(self, file: AppendedFile, line: bytes, point: ResumePoint) -> None:
+        if self._failure is not None:
+            raise self._failure
         with self._lock:
             try:
                 file.add(line)
             except OSError as error:  # how much of it is there? nothing more is committed
-                self._failed = error
+                self._failure = error
                 raise
             self._point = point
 
-    def _committing(self) -> None:
+    def _commit_regularly(self) -> None:
         try:
-            while not self._over.wait(self._every):
+            while not self._stopping.wait(self._interval):
                 self._commit()
         except BaseException as error:  # it is raised where more is written
-            self._failed = error
+            self._failure = error
 
     def _commit(self) -> None:
         """Bring to the disk what is written, and then say so in the journal."""
         with self._lock:
-            if self._failed is not None:
-                raise self._failed
+            if self._failure is not None:
+                raise self._failure
             point, self._point = self._point, None
             if point is None:
                 return
@@ -211,7 +211,7 @@ class FileOutput:
         Raises:
             OSError, OutputError: it cannot be committed; what was committed before still is.
         """
-        self._over.set()
+        self._stopping.set()
         self._thread.join()
         try:
             self._commit()
@@ -239,25 +239,25 @@ def complete(files: Files, journal: Journal, manifest: Mapping[str, Any]) -> Non
         OutputError: it is gone, or altered.
     """
     unplaced = files.part.exists()
-    known = unplaced and journal.manifest is None  # it was written just now
+    just_written = unplaced and journal.manifest is None  # it was written just now
     if journal.manifest is None:
         journal.finish(manifest)
-    whole = files.part if unplaced else files.output
+    output = files.part if unplaced else files.output
     expected = mapping(manifest.get("output")).get("sha256")
-    if not known and (not whole.exists() or file_sha256(whole) != expected):
-        raise OutputError(f"{whole}: it is not what was written: begin anew with --force")
+    if not just_written and (not output.exists() or file_sha256(output) != expected):
+        raise OutputError(f"{output}: it is not what was written: begin anew with --force")
     if unplaced:
         put_in_place(files.part, files.output)
-    new = files.unfinished_manifest
+    unfinished = files.unfinished_manifest
     try:
-        with new.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write(json.dumps(manifest, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(new, files.manifest)
+        put_in_place(unfinished, files.manifest)
     except OSError:
         with suppress(OSError):
-            new.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
     _remove_empty(files.rejects)
     journal.remove()

@@ -46,29 +46,29 @@ def check_files(files: Files, options: RunOptions) -> None:
         UsageError: it cannot be, or is.
     """
     _check_name(files.output, files.unfinished_manifest.name, "--output")
-    beside = files.part, files.journal, files.manifest, files.unfinished_manifest
-    written = (files.output, *beside)
-    for path in written:
+    side_files = files.part, files.journal, files.manifest, files.unfinished_manifest
+    paths = (files.output, *side_files)
+    for path in paths:
         if path.exists() and any(n != STDIN and path.samefile(n) for n in options.inputs):
             raise UsageError(f"{path} is also an input: choose another --output")
-        if _is_odd(path):
+        if _is_irregular(path):
             raise UsageError(
                 f"{path} is no file, or a link: choose another --output, or none for stdout"
             )
     check_rejects(files.rejects, options, always=True)
-    named = [path.parent.resolve() / path.name for path in written]
-    if files.rejects.parent.resolve() / files.rejects.name in named:
+    resolved = [path.parent.resolve() / path.name for path in paths]
+    if files.rejects.parent.resolve() / files.rejects.name in resolved:
         raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
 
 
-def _check_name(path: Path, longest: str, option: str) -> None:
+def _check_name(path: Path, longest_name: str, option: str) -> None:
     if not path.name or not path.parent.is_dir():
         raise UsageError(f"{path.parent} is no folder: choose another {option}")
-    if len(os.fsencode(longest)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+    if len(os.fsencode(longest_name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
         raise UsageError(f"{path.name}: the name is too long: choose a shorter {option}")
 
 
-def _is_odd(path: Path) -> bool:
+def _is_irregular(path: Path) -> bool:
     """Whether a folder, a pipe or a device is there; or a link, in whose place a file would be."""
     return path.is_symlink() or (path.exists() and not path.is_file())
 
@@ -84,7 +84,7 @@ def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> N
     _check_name(path, path.name, "--rejects")
     if not os.path.lexists(path):
         return
-    if _is_odd(path):
+    if _is_irregular(path):
         raise UsageError(f"{path} is no file, or a link: choose another --rejects")
     if any(name != STDIN and path.samefile(name) for name in options.inputs):
         raise UsageError(f"{path} is also an input: choose another --rejects")
@@ -101,10 +101,10 @@ def refuse_overwrite(files: Files, options: RunOptions, *, stopped: bool) -> Non
     if options.force or (stopped and options.resume):
         return
     if stopped:
-        others = "--force begins anew"
+        advice = "--force begins anew"
         if can_resume(options.inputs):
-            others = f"--resume goes on with it, {others}"
-        raise UsageError(f"{files.part} is of a run that was stopped: {others}")
+            advice = f"--resume goes on with it, {advice}"
+        raise UsageError(f"{files.part} is of a run that was stopped: {advice}")
     if files.output.exists():
         if options.resume:
             return  # it is looked at, and nothing is written

@@ -26,37 +26,37 @@ def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
         raise
     except BaseException as error:
         begun = output is not None and output.with_name(output.name + JOURNAL).exists()
-        again = begun and can_resume(inputs)
+        rereadable = begun and can_resume(inputs)
         # An input that is broken, or was changed, must become another one first.
-        same = not isinstance(error, InputError) or isinstance(error, LimitError | UnreadableError)
-        begun = begun and same
+        valid = not isinstance(error, InputError) or isinstance(error, LimitError | UnreadableError)
+        begun = begun and valid
         if isinstance(error, Stopped):
             click.echo(f"ercbatch: {error}", err=True)
-        if begun and again:
-            higher = ", with a higher --max-errors" if isinstance(error, LimitError) else ""
-            click.echo(f"ercbatch: to go on{higher}: {_resuming(sys.argv)}", err=True)
+        if begun and rereadable:
+            condition = ", with a higher --max-errors" if isinstance(error, LimitError) else ""
+            click.echo(f"ercbatch: to go on{condition}: {_resume_command(sys.argv)}", err=True)
         elif begun:
             click.echo("ercbatch: stdin and pipes cannot be read again, to go on", err=True)
         if isinstance(error, Stopped):
             # Threads may be at work on packs, or wait for input: none of them is waited for, nor
             # is whoever reads stdout.
             sys.stderr.flush()
-            os._exit(STOPPED if again else 128 + error.number)
+            os._exit(STOPPED if rereadable else 128 + error.number)
         raise
 
 
-def _resuming(argv: Sequence[str]) -> str:
+def _resume_command(argv: Sequence[str]) -> str:
     """The command that goes on with the one that was given."""
     module = Path(argv[0]).name == "__main__.py"
     program = ["python", "-m", "ercbatch"] if module else [Path(argv[0]).name]
     at = argv.index("label") + 1
     end = argv.index("--") if "--" in argv else len(argv)
-    given = [word for word in argv[at:end] if word not in ("--force", "--resume")]
-    words = [*program, *argv[1:at], "--resume", *given, *argv[end:]]
-    return " ".join(map(_quoted, words))
+    arguments = [word for word in argv[at:end] if word not in ("--force", "--resume")]
+    words = [*program, *argv[1:at], "--resume", *arguments, *argv[end:]]
+    return " ".join(map(_quote, words))
 
 
-def _quoted(word: str) -> str:
+def _quote(word: str) -> str:
     """A word as a shell takes it; one that is not UTF-8 as bash, zsh and ksh do."""
     if word.isprintable():
         return shlex.quote(word)

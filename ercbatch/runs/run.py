@@ -20,10 +20,10 @@ from ercbatch.errors import (
     StoppedError,
     UsageError,
 )
-from ercbatch.inputs.files import shown
+from ercbatch.inputs.files import decode_name
 from ercbatch.inputs.records import Reader, Record
 from ercbatch.labeler import Labeler
-from ercbatch.runs.identity import Inputs, check_same, differences, identity_of
+from ercbatch.runs.identity import Inputs, check_same, find_differences, identity_of
 from ercbatch.runs.journal import Counts, Journal, ResumePoint
 from ercbatch.runs.output import FileOutput, Files, StreamOutput, complete
 from ercbatch.runs.preflight import (
@@ -106,11 +106,11 @@ def _label_to_files(
                 "a file"
             )
         if not stopped:
-            return _was_complete(files, identity)
+            return _check_complete(files, identity)
         assert journal.identity is not None
         check_same(journal.identity, identity, files)
         if journal.manifest is not None:  # it was done, but for its last steps
-            return _completed(files, journal, journal.manifest)
+            return _finish(files, journal, journal.manifest)
     else:
         journal.begin(identity)
     try:
@@ -138,7 +138,7 @@ def _label_to_files(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     with stop.shield():
-        summary = _completed(files, journal, manifest)
+        summary = _finish(files, journal, manifest)
         stop.forget()  # it came too late
         return summary
 
@@ -154,7 +154,7 @@ def _label(
     reader = Reader(options.inputs, options.limits, start.chunk)
     counts = start.counts
     _check_errors(counts.rejected, options.max_errors)
-    with _Measure(options) as measure:
+    with _ByteProgress(options) as progress:
         records = ((record, record.dialogue) for record in reader)
         for entry, labeled in labeler.label_items(records, start.written):
             record = entry.origin
@@ -167,24 +167,24 @@ def _label(
                     blank=record.end.blank,
                     utterances=counts.utterances + utterances,
                 )
-                seconds = start.seconds + measure.seconds
+                seconds = start.seconds + progress.seconds
                 point = ResumePoint(entry.chunk.start, entry.index + 1, counts, seconds)
                 if labeled is not None:
                     output.write(labeled, point)
                 elif record.reject is not None:
                     output.reject(record.reject, point)
                     _check_errors(counts.rejected, options.max_errors)
-            measure.update(utterances, counts.rejected, record)
+            progress.update(utterances, counts.rejected, record)
     counts = replace(counts, lines=reader.position.lines, blank=reader.position.blank)
     if counts.lines != counts.labelled + counts.rejected + counts.blank:
         raise ErcbatchError(
             f"of {counts.lines} lines {counts.labelled} are labelled, {counts.rejected} rejected "
             f"and {counts.blank} blank: please report it"
         )
-    return RunSummary(counts, start.seconds + measure.seconds)
+    return RunSummary(counts, start.seconds + progress.seconds)
 
 
-class _Measure(Progress):
+class _ByteProgress(Progress):
     """Progress by the bytes of the inputs that lie behind."""
 
     def __init__(self, options: RunOptions) -> None:
@@ -192,21 +192,21 @@ class _Measure(Progress):
             name.endswith(("jsonl", "ndjson")) for name in options.inputs
         )
         sizes = [Path(name).stat().st_size for name in options.inputs] if plain else []
-        self._before = [sum(sizes[:source]) for source in range(len(options.inputs))]
+        self._offsets = [sum(sizes[:source]) for source in range(len(options.inputs))]
         super().__init__(sum(sizes) if plain else None, quiet=options.quiet)
 
     def update(self, utterances: int, rejected: int, record: Record) -> None:
         """Count some utterances, up to the end of a record."""
-        self.count(utterances, rejected, self._before[record.end.source] + record.end.byte)
+        self.count(utterances, rejected, self._offsets[record.end.source] + record.end.byte)
 
 
-def _completed(files: Files, journal: Journal, manifest: dict[str, Any]) -> RunSummary:
+def _finish(files: Files, journal: Journal, manifest: dict[str, Any]) -> RunSummary:
     summary = _summary(manifest, files)
     complete(files, journal, manifest)
     return summary
 
 
-def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
+def _check_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
     """See that an output is that of this very run."""
     exists = f"{files.output} exists"
     try:
@@ -216,13 +216,13 @@ def _was_complete(files: Files, identity: dict[str, Any]) -> RunSummary:
             f"{exists}, but no journal or manifest of a run: choose another --output, or give "
             "--force"
         ) from error
-    found = differences({key: manifest.get(key) for key in identity}, identity)
+    differences = find_differences({key: manifest.get(key) for key in identity}, identity)
     output = _output(files, file_sha256(files.output))
-    found += differences({"output": manifest.get("output")}, {"output": output})
-    if found:
+    differences += find_differences({"output": manifest.get("output")}, {"output": output})
+    if differences:
         raise UsageError(
-            f"{exists}, and is of another run ({'; '.join(found)}): choose another --output, or "
-            "give --force"
+            f"{exists}, and is of another run ({'; '.join(differences)}): choose another --output, "
+            "or give --force"
         )
     return _summary(manifest, files)
 
@@ -236,13 +236,13 @@ def _summary(manifest: Mapping[str, Any], files: Files) -> RunSummary:
         ) from error
 
 
-def _check_errors(rejected: int, most: int | None) -> None:
-    if most is not None and rejected > most:
+def _check_errors(rejected: int, limit: int | None) -> None:
+    if limit is not None and rejected > limit:
         raise LimitError(
-            f"more than {most} bad lines: mend the input, or raise --max-errors "
+            f"more than {limit} bad lines: mend the input, or raise --max-errors "
             "(the rejects say what is wrong with each)"
         )
 
 
 def _output(files: Files, digest: str) -> dict[str, str]:
-    return {"file": shown(files.output.name), "sha256": digest}
+    return {"file": decode_name(files.output.name), "sha256": digest}

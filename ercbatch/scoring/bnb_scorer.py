@@ -44,7 +44,7 @@ NF4_STATE = "quant_state.bitsandbytes__nf4"
 """What stands beside a weight that is NF4."""
 INT8_SCALES = "SCB"
 """What stands beside a weight that is int8: a scale for each output."""
-_SCALES_TOGETHER = 256
+_NESTED_BLOCK = 256
 """NF4's scales that share a scale of their own."""
 
 
@@ -111,10 +111,10 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
-def shape_of(place: Any) -> tuple[int, int]:
+def shape_of(matrix: Any) -> tuple[int, int]:
     """(outputs, inputs) of a matrix of the model."""
-    height, width = place.weight.shape
-    return (width, height) if isinstance(place, Conv1D) else (height, width)
+    height, width = matrix.weight.shape
+    return (width, height) if isinstance(matrix, Conv1D) else (height, width)
 
 
 def load_quantized(
@@ -131,7 +131,7 @@ def load_quantized(
     """
     values = {key: value for key, value in config.items() if key != "quantization_config"}
     settings = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    dtype = _between(device)
+    dtype = _compute_dtype(device)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     packed = PackedModel(model)
@@ -140,27 +140,27 @@ def load_quantized(
     for path in weights:
         tensors |= load_file(path, device=str(device))
     quantized = set()
-    for name, place in quantizable(model).items():
+    for name, matrix in quantizable(model).items():
         weight = f"{name}.weight"
         if f"{weight}.{NF4_STATE}" in tensors:
             parts = {k: tensors.pop(k) for k in list(tensors) if k.startswith(f"{weight}.")}
             state = {k.removeprefix(f"{weight}."): tensor for k, tensor in parts.items()}
-            linear = _nf4(place, tensors.pop(weight), state)
+            linear = _nf4(matrix, tensors.pop(weight), state)
         elif f"{name}.{INT8_SCALES}" in tensors:
-            linear = _int8(place, tensors.pop(weight), tensors.pop(f"{name}.{INT8_SCALES}"))
+            linear = _int8(matrix, tensors.pop(weight), tensors.pop(f"{name}.{INT8_SCALES}"))
         else:
             continue
         quantized.add(weight)
         model.set_submodule(name, linear)
     floats = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    found = model.load_state_dict(floats, strict=False, assign=True)
-    missing = sorted(set(found.missing_keys) - quantized)
-    if missing or found.unexpected_keys:
-        raise ValueError(f"missing: {missing}, unknown: {found.unexpected_keys}")
+    keys = model.load_state_dict(floats, strict=False, assign=True)
+    missing = sorted(set(keys.missing_keys) - quantized)
+    if missing or keys.unexpected_keys:
+        raise ValueError(f"missing: {missing}, unknown: {keys.unexpected_keys}")
     return packed.to(device).eval()
 
 
-def _between(device: torch.device) -> torch.dtype:
+def _compute_dtype(device: torch.device) -> torch.dtype:
     """What is computed in between the quantized products. On a CPU it is little beside them."""
     if device.type == "cpu":
         return torch.float32
@@ -168,14 +168,14 @@ def _between(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _nf4(place: nn.Module, weight: Tensor, state: Mapping[str, Tensor]) -> nn.Module:
+def _nf4(matrix: nn.Module, weight: Tensor, state: Mapping[str, Tensor]) -> nn.Module:
     """A product with NF4 weights (QLoRA, arXiv 2305.14314), whose scales are quantized too."""
-    outputs, inputs = shape_of(place)
+    outputs, inputs = shape_of(matrix)
     blocks = outputs * inputs // NF4_BLOCK
     _check("weight", weight, torch.uint8, (outputs * inputs // 2, 1))
     _check("absmax", state["absmax"], torch.uint8, (blocks,))
     _check("quant_map", state["quant_map"], torch.float32, (16,))
-    nested = -(-blocks // _SCALES_TOGETHER)
+    nested = -(-blocks // _NESTED_BLOCK)
     _check("nested_absmax", state["nested_absmax"], torch.float32, (nested,))
     _check("nested_quant_map", state["nested_quant_map"], torch.float32, (256,))
     # Multiplied out, the weights are the input's float32, or bfloat16 where the CPU has products
@@ -184,7 +184,7 @@ def _nf4(place: nn.Module, weight: Tensor, state: Mapping[str, Tensor]) -> nn.Mo
     linear = bnb.nn.Linear4bit(
         inputs,
         outputs,
-        place.bias is not None,
+        matrix.bias is not None,
         compute_dtype=torch.bfloat16 if native else None,
         quant_type="nf4",
         device="meta",
@@ -192,9 +192,9 @@ def _nf4(place: nn.Module, weight: Tensor, state: Mapping[str, Tensor]) -> nn.Mo
     linear.weight = bnb.nn.Params4bit.from_prequantized(
         weight, state, device=weight.device, module=linear
     )
-    found = linear.weight.quant_state
-    sizes = (*found.shape, found.blocksize, found.state2.blocksize)
-    if sizes != (outputs, inputs, NF4_BLOCK, _SCALES_TOGETHER):
+    quant_state = linear.weight.quant_state
+    sizes = (*quant_state.shape, quant_state.blocksize, quant_state.state2.blocksize)
+    if sizes != (outputs, inputs, NF4_BLOCK, _NESTED_BLOCK):
         raise ValueError(f"sizes {sizes} of NF4 in a matrix of {outputs} by {inputs}")
     # bitsandbytes would lay the weights out anew for a kernel of its own. That is for single
     # tokens: over a dialogue it is slower, and it takes no matrix whose height 32 doesn't divide.
@@ -203,7 +203,7 @@ def _nf4(place: nn.Module, weight: Tensor, state: Mapping[str, Tensor]) -> nn.Mo
     return module
 
 
-def _int8(place: nn.Module, weight: Tensor, scales: Tensor) -> nn.Module:
+def _int8(matrix: nn.Module, weight: Tensor, scales: Tensor) -> nn.Module:
     """A product in int8, with a scale for each token and for each output.
 
     LLM.int8 (arXiv 2208.07339) besides takes out the columns in which any token of the batch
@@ -211,13 +211,13 @@ def _int8(place: nn.Module, weight: Tensor, scales: Tensor) -> nn.Module:
     stranger's, and his words would change how mine are rounded: with the paper's threshold of 6 a
     probability moved by up to 0.02. A threshold of 0 takes no columns out.
     """
-    outputs, inputs = shape_of(place)
+    outputs, inputs = shape_of(matrix)
     _check("weight", weight, torch.int8, (outputs, inputs))
     _check(INT8_SCALES, scales, torch.float32, (outputs,))
     linear = bnb.nn.Linear8bitLt(
         inputs,
         outputs,
-        place.bias is not None,
+        matrix.bias is not None,
         has_fp16_weights=False,
         threshold=0.0,
         device="meta",

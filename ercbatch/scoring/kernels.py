@@ -22,11 +22,11 @@ def hide_kernels() -> None:
 def hidden_kernels() -> Iterator[None]:
     """Make `kernels` a package that is not installed, in this context."""
     absent = object()
-    before: Any = sys.modules.get("kernels", absent)
+    original: Any = sys.modules.get("kernels", absent)
     hide_kernels()
     try:
         yield
     finally:
         del sys.modules["kernels"]
-        if before is not absent:
-            sys.modules["kernels"] = before
+        if original is not absent:
+            sys.modules["kernels"] = original

@@ -21,17 +21,17 @@ from ercbatch.scoring.scorer import StateScorer
 
 
 def available_threads(
-    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> int:
     """The processors that this process may use: its affinity, and the quotas of its cgroups (v2).
 
-    `own` says which of `cgroups` the process is in.
+    `membership` says which of `cgroups` the process is in.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = count or 1
     group = ""
     with suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in membership.read_text().splitlines():
             if line.startswith("0::"):
                 group = line.removeprefix("0::").strip("/")
     inner = cgroups / group
@@ -46,20 +46,20 @@ def available_threads(
 
 
 def open_session(
-    path: Path, threads: int, listed: Collection[str] = ()
+    path: Path, threads: int, file_names: Collection[str] = ()
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
     Args:
         path: the graph.
         threads: processor threads of the session.
-        listed: names of the files beside it that may hold its external data.
+        file_names: names of the files beside it that may hold its external data.
 
     Raises:
         BundleError: the graph asks for what a bundle must not (see `check_onnx`), or the runtime
             does not accept it.
     """
-    check_onnx(path, listed)
+    check_onnx(path, file_names)
     options = session_options(threads)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -116,8 +116,8 @@ def check_full_range(path: Path) -> None:
         BundleError: it doesn't.
     """
     session = open_session(path, 1)
-    found = run_session(path, session, None, {"x": np.full(PROBE_SHAPE, 255, np.uint8)})[0]
-    if not (found == 255 * 127 * PROBE_SHAPE[1]).all():
+    products = run_session(path, session, None, {"x": np.full(PROBE_SHAPE, 255, np.uint8)})[0]
+    if not (products == 255 * 127 * PROBE_SHAPE[1]).all():
         raise BundleError(
             f"{path.parent}: its int8 weights use the full range, and this processor's integer "
             "products saturate there: export it with --target avx2"
@@ -127,12 +127,12 @@ def check_full_range(path: Path) -> None:
 LONGEST_PACK = 512
 """Tokens of packs that dialogues share. In longer ones ONNX Runtime adds up over keys in an order
 that depends on where they stand, and int8 probabilities moved by up to 0.002 with neighbours."""
-_LARGE = 2 << 30
+_LARGE_MODEL = 2 << 30
 """Bytes of weights from which a pack takes so long that all threads should work on one."""
 
 
 class OnnxScorer(StateScorer):
-    """Scores packs with `model.onnx`, whose external data may stand in `listed` files beside it.
+    """Scores packs with `model.onnx`, whose external data may stand in `file_names` beside it.
 
     Several packs at a time, one thread each, are faster than several threads on one pack: between
     its products stand hundreds of operations too small to be shared. And what a thread computes
@@ -143,15 +143,17 @@ class OnnxScorer(StateScorer):
     longest_pack = LONGEST_PACK
 
     def __init__(
-        self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
+        self, path: Path, head: AnswerHead, threads: int, file_names: Collection[str] = ()
     ) -> None:
         self.head = head
         self._path = path
-        beside = (path.with_name(name) for name in listed if name.startswith(f"{path.name}."))
-        size = sum(file.stat().st_size for file in (path, *beside))
-        self.parallel_packs = 1 if size >= _LARGE else threads
+        data_files = (
+            path.with_name(name) for name in file_names if name.startswith(f"{path.name}.")
+        )
+        size = sum(file.stat().st_size for file in (path, *data_files))
+        self.parallel_packs = 1 if size >= _LARGE_MODEL else threads
         self.placement = {"pack_threads": threads // self.parallel_packs}
-        self._session = open_session(path, threads // self.parallel_packs, listed)
+        self._session = open_session(path, threads // self.parallel_packs, file_names)
         self._tiles = tiles_of(path, self._session)
         self._threads = threads
 
@@ -166,7 +168,7 @@ class OnnxScorer(StateScorer):
         return states[:1] if len(pack.reads) == 1 else states
 
 
-_MOST_TILES = 64
+_MAX_TILES = 64
 
 
 def tiles_of(path: Path, session: onnxruntime.InferenceSession) -> int:
@@ -178,9 +180,9 @@ def tiles_of(path: Path, session: onnxruntime.InferenceSession) -> int:
     for value in session.get_inputs():
         if value.name == tiles.ROW_COUNTS:
             count = value.shape[0] if value.shape else None
-            if not isinstance(count, int) or not 0 < count <= _MOST_TILES:
+            if not isinstance(count, int) or not 0 < count <= _MAX_TILES:
                 raise BundleError(
-                    f"{path}: its attention has {count} tiles, not 1 to {_MOST_TILES}: export the "
+                    f"{path}: its attention has {count} tiles, not 1 to {_MAX_TILES}: export the "
                     "bundle again"
                 )
             return count
@@ -200,17 +202,17 @@ def feed(pack: Pack, tile_count: int) -> dict[str, npt.NDArray[np.int64]]:
         reads = reads.repeat(2)
     inputs = {}
     if tile_count:
-        found = tiles.cut(ends, tile_count)
-        order = found.order
+        layout = tiles.cut(ends, tile_count)
+        order = layout.order
         tokens, positions, ends = tokens[order], positions[order], ends[order]
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         reads = place[reads]
         inputs = {
             tiles.ORDER: order[None],
-            tiles.ROW_COUNTS: found.row_counts,
-            tiles.KEYS: found.keys,
-            tiles.KEY_COUNTS: found.key_counts,
+            tiles.ROW_COUNTS: layout.row_counts,
+            tiles.KEYS: layout.keys,
+            tiles.KEY_COUNTS: layout.key_counts,
         }
     return {
         "tokens": tokens[None].astype(np.int64),

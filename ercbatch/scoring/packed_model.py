@@ -72,8 +72,9 @@ def check_model_folder(folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
     if settings.exists():
         for key, value in _json_object(settings).items():
-            named = key.endswith("_file") and key != "special_tokens_map_file"  # which is not read
-            if named and isinstance(value, str) and Path(value).name != value:
+            # special_tokens_map_file is not read.
+            names_file = key.endswith("_file") and key != "special_tokens_map_file"
+            if names_file and isinstance(value, str) and Path(value).name != value:
                 raise UsageError(f"{settings}: {key} is {value!a}, no file of its folder: refused")
     if (folder / "tokenizer.json").exists():
         check_tokenizer(folder / "tokenizer.json")
@@ -107,9 +108,9 @@ def refuse_code(place: str, config: Mapping[str, Any]) -> None:
         UsageError: it does.
     """
     for key, value in config.items():
-        for part, most in _BOUNDS:
-            counts = part in key and not key.endswith("_size")  # one is the width of an expert
-            if counts and isinstance(value, int) and value > most:
+        for part, limit in _BOUNDS:
+            is_count = part in key and not key.endswith("_size")  # one is the width of an expert
+            if is_count and isinstance(value, int) and value > limit:
                 raise UsageError(f"{place} asks for {key} = {value}: refused")
         # `auto_map` names code to import, `attn_implementation` a kernel to fetch and run
         # (CVE-2026-4372), in the configuration of a part too. Neither has a place in a file of
@@ -151,7 +152,7 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
     draw_no_bars()
     what = f"{source}: cannot be loaded as a causal language model"
     with foreign_errors(UsageError, what, "check the name, or get it again"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
             trust_remote_code=False,
@@ -159,9 +160,9 @@ def load_causal_lm(source: str, **settings: Any) -> tuple[Any, SegmentTokenizer]
             **settings,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if found["missing_keys"]:  # transformers would make them up
-        lacking = ", ".join(sorted(found["missing_keys"])[:3])
-        raise UsageError(f"{source}: its weights lack {lacking}: get it again")
+    if loading_info["missing_keys"]:  # transformers would make them up
+        missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
+        raise UsageError(f"{source}: its weights lack {missing}: get it again")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError(f"{source}: has no fast tokenizer (tokenizer.json): convert it first")
@@ -304,7 +305,7 @@ class PackedModel(nn.Module):
         batch = Batch(*(t.to(embedding.device) for t in collate([join([(0, tree)])])))
         # Half precision, or a quantized base, rounds; another token seen is far more.
         rounds = embedding.dtype != torch.float32 or hasattr(self.model, "hf_quantizer")
-        allowed = 0.1 if rounds else 1e-3
+        tolerance = 0.1 if rounds else 1e-3
         training = self.model.training
         self.model.eval()
         try:
@@ -313,10 +314,10 @@ class PackedModel(nn.Module):
             if not states.isfinite().all():
                 raise UsageError("the answers of the base are no numbers: its weights are broken")
             for branch, state in zip(branches, states, strict=True):
-                alone = torch.tensor([stem + branch], device=embedding.device)
-                self.model(input_ids=alone, use_cache=False)
+                prompt = torch.tensor([stem + branch], device=embedding.device)
+                self.model(input_ids=prompt, use_cache=False)
                 expected = self.tap.states[0, -1]
-                if not (state - expected).norm() <= allowed * expected.norm():
+                if not (state - expected).norm() <= tolerance * expected.norm():
                     raise ValueError("a prompt packed with others is not what it is alone")
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UsageError(

@@ -27,14 +27,14 @@ def choose_runtime(bundle: Bundle, runtime: str) -> str:
         UsageError: the bundle's form is not for this runtime.
     """
     form = bundle.info.form
-    fitting = RUNTIMES[form]
-    if runtime not in (AUTO, fitting):
-        others = " or ".join(name for name, other in RUNTIMES.items() if other == runtime)
+    form_runtime = RUNTIMES[form]
+    if runtime not in (AUTO, form_runtime):
+        forms = " or ".join(name for name, other in RUNTIMES.items() if other == runtime)
         raise UsageError(
-            f"bundle {bundle.info.name!r} is {form}, which the runtime {fitting} runs: leave "
-            f"--runtime at {AUTO}, or export with --quantize {others}"
+            f"bundle {bundle.info.name!r} is {form}, which the runtime {form_runtime} runs: leave "
+            f"--runtime at {AUTO}, or export with --quantize {forms}"
         )
-    return fitting
+    return form_runtime
 
 
 def open_scorer(bundle: Bundle, threads: int) -> Scorer:
@@ -49,21 +49,21 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
 
 
 def open_model(
-    folder: Path, form: str, head: AnswerHead, threads: int, listed: Collection[str]
+    folder: Path, form: str, head: AnswerHead, threads: int, file_names: Collection[str]
 ) -> Scorer:
-    """The scorer of a model of this form in a folder, whose files are `listed`.
+    """The scorer of a model of this form in a folder, whose files are `file_names`.
 
     Raises:
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
-    if files.PROBE in listed:
+    if files.PROBE in file_names:
         check_full_range(folder / files.PROBE)
     if RUNTIMES[form] == "onnx":
-        if files.MODEL not in listed:
+        if files.MODEL not in file_names:
             raise BundleError(f"{folder}: lacks {files.MODEL}: export it again")
         kind = StandardScorer if form == "optimum" else OnnxScorer
-        return kind(folder / files.MODEL, head, threads, listed)
+        return kind(folder / files.MODEL, head, threads, file_names)
     try:
         from ercbatch.scoring.bnb_scorer import BnbScorer
     except ImportError as error:
@@ -71,7 +71,7 @@ def open_model(
             f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "
             "pip install '.[bnb]' in a checkout of ercbatch"
         ) from error
-    weights = sorted(fnmatch.filter(listed, files.WEIGHTS))
-    if not weights or files.CONFIG not in listed:
+    weights = sorted(fnmatch.filter(file_names, files.WEIGHTS))
+    if not weights or files.CONFIG not in file_names:
         raise BundleError(f"{folder}: lacks {files.CONFIG} or {files.WEIGHTS}: export it again")
     return BnbScorer(folder / files.CONFIG, [folder / name for name in weights], head, threads)

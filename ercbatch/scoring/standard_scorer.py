@@ -44,19 +44,21 @@ class StandardScorer(Scorer):
     longest_pack = LONGEST_PACK
 
     def __init__(
-        self, path: Path, head: AnswerHead, threads: int, listed: Collection[str] = ()
+        self, path: Path, head: AnswerHead, threads: int, file_names: Collection[str] = ()
     ) -> None:
         self.head = head
         self._path = path
-        self._session = open_session(path, threads, listed)
+        self._session = open_session(path, threads, file_names)
         self._threads = threads
         self.placement = {"pack_threads": threads}
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
-        self._past = {name: shape for name, shape in inputs.items() if name.startswith(_PAST)}
-        self._given = inputs.keys() - self._past.keys()
-        others = self._given - {"input_ids", "attention_mask", "position_ids"}
+        self._past_shapes = {
+            name: shape for name, shape in inputs.items() if name.startswith(_PAST)
+        }
+        self._token_inputs = inputs.keys() - self._past_shapes.keys()
+        unknown_inputs = self._token_inputs - {"input_ids", "attention_mask", "position_ids"}
         outputs = {value.name for value in self._session.get_outputs()}
-        if others or "input_ids" not in inputs or "logits" not in outputs:
+        if unknown_inputs or "input_ids" not in inputs or "logits" not in outputs:
             raise BundleError(
                 f"{path}: is no text-generation graph with past (inputs {', '.join(inputs)}): "
                 "export the bundle again"
@@ -78,8 +80,8 @@ class StandardScorer(Scorer):
             for row, prompt in zip(tokens, (prompts[i] for i in batch), strict=True):
                 row[: len(prompt)] = prompt
             last = [len(prompts[i]) - 1 for i in batch]
-            every = run_session(self._path, self._session, ["logits"], self._feed(tokens))[0]
-            rows[batch] = every[np.arange(len(batch)), last][:, self.head.tokens]
+            logits = run_session(self._path, self._session, ["logits"], self._feed(tokens))[0]
+            rows[batch] = logits[np.arange(len(batch)), last][:, self.head.tokens]
         return rows
 
     def _feed(self, tokens: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.generic]]:
@@ -93,8 +95,8 @@ class StandardScorer(Scorer):
             "attention_mask": np.ones_like(tokens),
             "position_ids": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape).copy(),
         }
-        feed = {name: values[name] for name in self._given}
-        for name, (_, *sizes) in self._past.items():
+        feed = {name: values[name] for name in self._token_inputs}
+        for name, (_, *sizes) in self._past_shapes.items():
             # A size with a name is the length of the past, which is empty.
             fixed = (size if isinstance(size, int) else 0 for size in sizes)
             feed[name] = np.zeros((len(tokens), *fixed), dtype=np.float32)

@@ -43,15 +43,15 @@ def levels(ends: IntArray) -> npt.NDArray[np.int64]:
 
     A segment that ends where the one that it hangs on ends counts as part of it.
     """
-    found = np.empty(len(ends), dtype=np.int64)
-    above: list[int] = []
+    depths = np.empty(len(ends), dtype=np.int64)
+    open_ends: list[int] = []
     for index, end in enumerate(ends.tolist()):
-        while above and above[-1] <= index:
-            above.pop()
-        if not above or above[-1] != end:
-            above.append(end)
-        found[index] = len(above)
-    return found
+        while open_ends and open_ends[-1] <= index:
+            open_ends.pop()
+        if not open_ends or open_ends[-1] != end:
+            open_ends.append(end)
+        depths[index] = len(open_ends)
+    return depths
 
 
 def cut(ends: IntArray, count: int) -> Tiles:
@@ -63,11 +63,11 @@ def cut(ends: IntArray, count: int) -> Tiles:
     order = np.argsort(levels(ends), kind="stable")
     length = len(order)
     places = np.append(np.arange(0, length, -(-length // _PIECES)), length)
-    seen = _seen(ends, order, places)
-    bounds = _bounds(seen, places, count)
+    visible = _visible_keys(ends, order, places)
+    bounds = _bounds(visible, places, count)
     tiles = [
         # A reduction over no keys at all would be an error.
-        np.flatnonzero(seen[a:b].any(axis=0)) if b > a else np.zeros(1, np.int64)
+        np.flatnonzero(visible[a:b].any(axis=0)) if b > a else np.zeros(1, np.int64)
         for a, b in pairwise(bounds)
     ]
     return Tiles(
@@ -78,25 +78,25 @@ def cut(ends: IntArray, count: int) -> Tiles:
     )
 
 
-def _seen(
+def _visible_keys(
     ends: IntArray, order: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Which keys, in order, each piece sees [pieces, length]; `places` [pieces + 1] bound them."""
     length = len(order)
     piece = np.empty(length, np.int64)
     piece[order] = np.repeat(np.arange(len(places) - 1), np.diff(places))
-    before = np.zeros((len(places) - 1, length + 1), np.int32)  # rows of a piece before each place
-    before[piece, np.arange(1, length + 1)] = 1
-    np.cumsum(before, axis=1, out=before)
+    counts = np.zeros((len(places) - 1, length + 1), np.int32)  # rows of a piece before each place
+    counts[piece, np.arange(1, length + 1)] = 1
+    np.cumsum(counts, axis=1, out=counts)
     # Those from a key's own place to its end see it.
-    return (before[:, ends] > before[:, :-1])[:, order]
+    return (counts[:, ends] > counts[:, :-1])[:, order]
 
 
-def _bounds(seen: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], count: int) -> list[int]:
+def _bounds(visible: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], count: int) -> list[int]:
     """Where to cut pieces into `count` tiles [count + 1], so that least is computed."""
-    pieces = len(seen)
+    pieces = len(visible)
     # Of the pieces up to each, the last that sees a key: it is seen since that one.
-    latest = np.where(seen, np.arange(pieces)[:, None], -1)
+    latest = np.where(visible, np.arange(pieces)[:, None], -1)
     np.maximum.accumulate(latest, axis=0, out=latest)
     bins = latest + (1 + (pieces + 1) * np.arange(pieces)[:, None])
     since = np.bincount(bins.ravel(), minlength=pieces * (pieces + 1)).reshape(pieces, -1)
@@ -105,17 +105,17 @@ def _bounds(seen: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], count: i
     costs = np.full((pieces, pieces + 1), np.inf)  # of a tile [from, to]
     # Products of one row add up in another order than those of several, and int8 turns that into
     # whole steps.
-    least = min(2, places[-1])
-    costs[:, 1:] = np.where(rows >= least, keys * (rows + _PER_KEY), np.inf).T
+    min_rows = min(2, places[-1])
+    costs[:, 1:] = np.where(rows >= min_rows, keys * (rows + _PER_KEY), np.inf).T
     best = costs[0].copy()
     best[0] = 0
     ways: list[npt.NDArray[np.int64]] = []
-    here = np.arange(pieces + 1)
+    columns = np.arange(pieces + 1)
     for _ in range(count - 1):  # one tile more: from some place on, or empty
         longer = np.vstack([best[:-1, None] + costs, best])
         way = longer.argmin(axis=0)
-        best = longer[way, here]
-        ways.append(np.where(way == pieces, here, way))
+        best = longer[way, columns]
+        ways.append(np.where(way == pieces, columns, way))
     bounds = [pieces]
     for way in reversed(ways):
         bounds.append(int(way[bounds[-1]]))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-_EVERY = 10.0
+_INTERVAL = 10.0
 """Seconds between plain lines."""
 
 
@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, total: int | None, *, quiet: bool) -> None:
         self._total = total
         self._quiet = quiet
-        self._began = self._told = time.monotonic()
+        self._start = self._reported = time.monotonic()
         self.utterances = 0
         console = Console(stderr=True)
         self._bar = (
@@ -61,15 +61,15 @@ class Progress:
     @property
     def seconds(self) -> float:
         """Since the start."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start
 
     def count(self, utterances: int, rejects: int, done: int) -> None:
         """Count some utterances; `done` bytes of the input lie behind."""
         self.utterances += utterances
         now = time.monotonic()
-        if self._quiet or now - self._told < (0.2 if self._bar else _EVERY):
+        if self._quiet or now - self._reported < (0.2 if self._bar else _INTERVAL):
             return
-        self._told = now
+        self._reported = now
         speed = f"{self.utterances:,} utterances, {self.utterances / self.seconds:,.0f}/s"
         if rejects:
             speed += f", {rejects:,} rejected"

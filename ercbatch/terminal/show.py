@@ -27,7 +27,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
 """Metric of `Quality` -> what it is, and its format."""
 
 
-def shown_metric(name: str, value: float) -> str:
+def format_metric(name: str, value: float) -> str:
     """The value of a metric for people."""
     return METRICS[name][1].format(value)
 
@@ -52,30 +52,33 @@ def describe(folder: Path, info: BundleInfo) -> str:
         *(("data", source) for source in info.data),
         ("licence", info.licence),
         *(("accepted loss", loss) for loss in info.accepted_loss),
-        *(("confidence", f"{name}: {_trust(found)}") for name, found in info.calibration.items()),
-        *(("measured", f"{quality.title}: {_measured(quality)}") for quality in info.quality),
+        *(
+            ("confidence", f"{name}: {_format_calibration(calibration)}")
+            for name, calibration in info.calibration.items()
+        ),
+        *(("measured", f"{quality.title}: {_format_quality(quality)}") for quality in info.quality),
         *(("file", f"{name}, {digest.size:,} bytes") for name, digest in info.files.items()),
     ]
     return "\n".join(f"{name + ':':16}{printable(value)}" for name, value in rows)
 
 
-def _trust(found: Calibration) -> str:
+def _format_calibration(calibration: Calibration) -> str:
     """The lowest confidences that a label set's calibration recommends."""
-    return "; ".join(map(_recommended, found.recommended))
+    return "; ".join(map(_format_recommendation, calibration.recommended))
 
 
-def _recommended(wanted: Recommendation) -> str:
-    precision = f"{wanted.precision:.0%} right"
-    if wanted.min_confidence is None:
+def _format_recommendation(recommendation: Recommendation) -> str:
+    precision = f"{recommendation.precision:.0%} right"
+    if recommendation.min_confidence is None:
         return f"{precision}: not reached"
-    if wanted.min_confidence == 0:
+    if recommendation.min_confidence == 0:
         return f"{precision}: by all answers"
-    least = f"--min-confidence {wanted.min_confidence:.2f}"
-    return f"{precision}: {least} answers {wanted.coverage:.0%}"
+    option = f"--min-confidence {recommendation.min_confidence:.2f}"
+    return f"{precision}: {option} answers {recommendation.coverage:.0%}"
 
 
-def _measured(quality: Quality) -> str:
-    short = {
+def _format_quality(quality: Quality) -> str:
+    formats = {
         "utterances": "{} utterances",
         "weighted_f1": "weighted F1 {}",
         "macro_f1": "macro F1 {}",
@@ -83,7 +86,7 @@ def _measured(quality: Quality) -> str:
     }
     metrics = quality.metrics()
     return ", ".join(
-        text.format(shown_metric(name, metrics[name]))
-        for name, text in short.items()
+        text.format(format_metric(name, metrics[name]))
+        for name, text in formats.items()
         if name in metrics
     )

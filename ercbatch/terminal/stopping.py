@@ -24,7 +24,7 @@ from ercbatch.terminal.streams import printable
 STOPPED = 75
 CLOSED_PIPE = 141
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Failure(click.ClickException):
@@ -76,25 +76,25 @@ class Stopper:
 
     def __init__(self) -> None:
         self._shielded = False
-        self._noted: int | None = None
+        self._pending: int | None = None
         self.patience: float | None = None
         self.raised: Stopped | None = None
 
     def __call__(self, number: int, frame: object) -> None:
         """Handle a signal."""
-        for each in _STOPPING:
-            if signal.getsignal(each) is self:
-                signal.signal(each, signal.SIG_DFL)
+        for stop_signal in _STOP_SIGNALS:
+            if signal.getsignal(stop_signal) is self:
+                signal.signal(stop_signal, signal.SIG_DFL)
         if not self._shielded:
             self._raise(number)
-        self._noted = number
+        self._pending = number
         if self.patience is not None:
             signal.signal(signal.SIGALRM, self._impatient)
             signal.setitimer(signal.ITIMER_REAL, self.patience)
 
     def _impatient(self, number: int, frame: object) -> None:
-        assert self._noted is not None
-        self._raise(self._noted)
+        assert self._pending is not None
+        self._raise(self._pending)
 
     def _raise(self, number: int) -> NoReturn:
         self.raised = Stopped(number)
@@ -108,25 +108,25 @@ class Stopper:
             yield
         finally:
             self._shielded = False
-        noted = self._noted
+        pending = self._pending
         self.forget()
-        if noted is not None:
-            self._raise(noted)
+        if pending is not None:
+            self._raise(pending)
 
     def forget(self) -> None:
         """A signal that came within the shield is raised no more: all is done, say."""
-        if self._noted is not None:
+        if self._pending is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self._noted = None
+            self._pending = None
 
 
 @contextmanager
 def stoppable() -> Iterator[Stopper]:
     """SIGINT and SIGTERM end the work in order; a second one ends it at once."""
     stop = Stopper()
-    before = {
+    handlers = {
         number: signal.signal(number, stop)
-        for number in _STOPPING
+        for number in _STOP_SIGNALS
         if signal.getsignal(number) is not signal.SIG_IGN  # as in the background, or by nohup
     }
     try:
@@ -138,5 +138,5 @@ def stoppable() -> Iterator[Stopper]:
         click.echo(f"ercbatch: {stop.raised}", err=True)
         sys.exit(128 + stop.raised.number)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

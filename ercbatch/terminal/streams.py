@@ -35,12 +35,12 @@ def steady_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
-        patient = io.BufferedWriter(_Patient(2, "wb", closefd=False))
+        buffer = io.BufferedWriter(_LossyFile(2, "wb", closefd=False))
         encoding = sys.stderr.encoding
-        sys.stderr = io.TextIOWrapper(patient, encoding, "backslashreplace", line_buffering=True)
+        sys.stderr = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
 
 
-class _Patient(io.FileIO):
+class _LossyFile(io.FileIO):
     """Whoever read it may leave, or the disk be full: words are lost, and no work."""
 
     def write(self, data: Any) -> int:

@@ -33,12 +33,12 @@ _COLOURS = {
     "disgust": "bright_green",
     "disgusted": "bright_green",
 }
-_OTHERS = ("magenta", "cyan", "yellow", "green", "blue", "red")
+_FALLBACK_COLOURS = ("magenta", "cyan", "yellow", "green", "blue", "red")
 
 
 def colour(label: str) -> str:
     """The colour of a label; the same for the same name, everywhere."""
-    fallback = _OTHERS[zlib.crc32(label.encode()) % len(_OTHERS)]
+    fallback = _FALLBACK_COLOURS[zlib.crc32(label.encode()) % len(_FALLBACK_COLOURS)]
     return _COLOURS.get(label, fallback)
 
 
@@ -50,9 +50,9 @@ def print_dialogue(console: Console, labeled: LabeledDialogue) -> None:
     for utterance, label in zip(labeled.dialogue.utterances, labeled.labels, strict=True):
         line = Text()
         emotion = printable(label.emotion or "–")
-        sure = "    " if label.confidence is None else f"{label.confidence:4.0%}"
+        confidence = "    " if label.confidence is None else f"{label.confidence:4.0%}"
         line.append(f"{emotion:>11} ", style=colour(emotion) if label.emotion else "dim")
-        line.append(f"{sure}  ", style="dim")
+        line.append(f"{confidence}  ", style="dim")
         if utterance.speaker:
             line.append(f"{printable(utterance.speaker)}: ", style="bold")
         line.append(printable(utterance.text))

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.bundle.metrics import Calibration, Recommendation
-from ercbatch.terminal.show import METRICS, shown_metric
+from ercbatch.terminal.show import METRICS, format_metric
 
 _METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "weighted_f1": ("f1", {"average": "weighted"}),
@@ -101,7 +101,7 @@ def card(info: BundleInfo) -> str:
         rows += ["Nothing: there was no validation data. Confidences are not calibrated.", ""]
     for quality in info.quality:
         rows += [f"### {quality.title}", ""]
-        metrics = [[METRICS[k][0], shown_metric(k, v)] for k, v in quality.metrics().items()]
+        metrics = [[METRICS[k][0], format_metric(k, v)] for k, v in quality.metrics().items()]
         rows += _table(["figure", "value"], metrics)
     rows += [_ELSEWHERE, ""]
     for name, offsets in info.label_offsets.items():
