@@ -32,24 +32,24 @@ from train.recipe import Source
 from train.validate import Predictions, predict
 
 
-def drawn(found: Predictions, utterances: int, seed: int) -> npt.NDArray[np.bool_]:
+def draw_mask(predictions: Predictions, utterances: int, seed: int) -> npt.NDArray[np.bool_]:
     """Return the mask [n] of the predictions in a random draw of whole dialogues.
 
     Raises:
         UsageError: there are not enough dialogues to leave half of them to measure on.
     """
-    order = np.random.default_rng(seed).permutation(np.unique(found.dialogue))
-    sizes = np.array([(found.dialogue == dialogue).sum() for dialogue in order])
+    order = np.random.default_rng(seed).permutation(np.unique(predictions.dialogue))
+    sizes = np.array([(predictions.dialogue == dialogue).sum() for dialogue in order])
     count = 1 + int(np.searchsorted(sizes.cumsum(), utterances))
     if count > len(order) // 2:
         raise UsageError(f"{utterances} utterances are over half of the dialogues: give more")
-    return np.isin(found.dialogue, order[:count])
+    return np.isin(predictions.dialogue, order[:count])
 
 
-def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """Figure -> mean and standard deviation over the rows."""
-    values = {figure: [row[figure] for row in rows] for figure in rows[0]}
-    return {figure: (round(mean(v), 4), round(pstdev(v), 4)) for figure, v in values.items()}
+def _summarize(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Metric -> mean and standard deviation over the rows."""
+    values = {metric: [row[metric] for row in rows] for metric in rows[0]}
+    return {metric: (round(mean(v), 4), round(pstdev(v), 4)) for metric, v in values.items()}
 
 
 @click.command()
@@ -65,22 +65,22 @@ def main(file: str, bundle: str, utterances: int, draws: int, label_shift: bool)
         labeler = Labeler(bundle, label_set=labels or None, demonstrations=0)
         shipped = Scaling(labeler.engine.temperature, labeler.engine.offsets)
         dataset = read_dataset(Source(path, labeler.labels.name), labeler.labels)
-        found = predict(replace(labeler.engine, temperature=1.0, offsets=()), dataset)
+        predictions = predict(replace(labeler.engine, temperature=1.0, offsets=()), dataset)
         fit = fit_label_shift if label_shift else fit_temperature
         rows: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
         for seed in range(draws):
-            taken = drawn(found, utterances, seed)
-            own, others = found.where(taken), found.where(~taken)
-            fitted = fit(np.log(own.probabilities.clip(1e-12)), own.gold)
+            mask = draw_mask(predictions, utterances, seed)
+            sample, others = predictions.where(mask), predictions.where(~mask)
+            fitted = fit(np.log(sample.probabilities.clip(1e-12)), sample.gold)
             for name, scaling in (("before", shipped), ("after", fitted)):
                 answers = scaled(others, scaling)
                 error = calibration_error(answers)
-                rows[name].append({**answers.figures(), "calibration_error": error})
-        summary = {name: _spread(each) for name, each in rows.items()}
-        for name, figures in summary.items():
+                rows[name].append({**answers.metrics(), "calibration_error": error})
+        summary = {name: _summarize(metric_rows) for name, metric_rows in rows.items()}
+        for name, metrics in summary.items():
             print(f"{name}:")
-            for figure, (average, deviation) in figures.items():
-                print(f"  {figure.replace('_', ' ')}: {average} ± {deviation}")
+            for metric, (average, deviation) in metrics.items():
+                print(f"  {metric.replace('_', ' ')}: {average} ± {deviation}")
         print(json.dumps(summary))
 
 

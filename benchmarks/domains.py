@@ -37,7 +37,7 @@ from train.recipe import Recipe, Source, read_recipe
 from train.validate import predict
 
 Rewrite = Callable[[str], str]
-_MOST_UTTERANCES = 60_000
+_MAX_UTTERANCES = 60_000
 """Training utterances of the sentence classifier, at most."""
 
 
@@ -55,29 +55,33 @@ class Row:
     recall: dict[str, float]
 
 
-def row(name: str, labels: LabelSet, system: str, found: Evaluation, *, sure: bool = True) -> Row:
-    """The row of an evaluation; without `sure` it has no calibration error."""
-    recall = {label: round(f.recall, 4) for label, f in found.per_label.items() if f.support}
+def row(
+    name: str, labels: LabelSet, system: str, result: Evaluation, *, has_confidence: bool = True
+) -> Row:
+    """The row of an evaluation; without `has_confidence` it has no calibration error."""
+    recall = {label: round(f.recall, 4) for label, f in result.per_label.items() if f.support}
     return Row(
         name,
         labels.name,
         system,
-        found.utterances,
-        round(found.weighted_f1, 4),
-        round(found.macro_f1, 4),
-        round(found.ece, 4) if sure else None,
+        result.utterances,
+        round(result.weighted_f1, 4),
+        round(result.macro_f1, 4),
+        round(result.ece, 4) if has_confidence else None,
         recall,
     )
 
 
-def labelled(labeler: Labeler, dataset: Dataset, rewrite: Rewrite | None = None) -> Evaluation:
+def evaluate_bundle(
+    labeler: Labeler, dataset: Dataset, rewrite: Rewrite | None = None
+) -> Evaluation:
     """Evaluate the bundle on a dataset, with its texts rewritten if `rewrite` is given."""
     if rewrite is not None:
         scenes = [replace(s, dialogue=_rewritten(s.dialogue, rewrite)) for s in dataset.scenes]
         dataset = replace(dataset, scenes=tuple(scenes))
-    found = predict(labeler.engine, dataset)
-    best = found.probabilities.argmax(1)
-    return evaluation(dataset.labels, found.gold, best, found.probabilities.max(1))
+    predictions = predict(labeler.engine, dataset)
+    best = predictions.probabilities.argmax(1)
+    return evaluation(dataset.labels, predictions.gold, best, predictions.probabilities.max(1))
 
 
 def _rewritten(dialogue: Dialogue, rewrite: Rewrite) -> Dialogue:
@@ -97,13 +101,13 @@ def without_emoji(text: str) -> str:
 
 def gold_utterances(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Texts and gold label indices of a dataset."""
-    found = [
+    pairs = [
         (u.text, dataset.labels.index(u.label))
         for scene in dataset.scenes
         for u in scene.dialogue.utterances
         if u.label is not None and not u.blank
     ]
-    return [text for text, _ in found], np.array([label for _, label in found])
+    return [text for text, _ in pairs], np.array([label for _, label in pairs])
 
 
 class SentenceClassifier:
@@ -115,26 +119,26 @@ class SentenceClassifier:
         for source in recipe.train:
             if source.labels != labels.name or source.soft == 1:
                 continue
-            own, gold = gold_utterances(read_dataset(replace(source, soft=0.0)))
+            dataset_texts, gold = gold_utterances(read_dataset(replace(source, soft=0.0)))
             # Each dataset counts as much as it does in training.
-            drawn = np.random.default_rng(0).permutation(len(own))
-            drawn = drawn[: round(len(own) * min(1.0, source.fraction))]
-            texts += [own[i] for i in drawn]
-            targets.append(gold[drawn])
+            indices = np.random.default_rng(0).permutation(len(dataset_texts))
+            indices = indices[: round(len(dataset_texts) * min(1.0, source.fraction))]
+            texts += [dataset_texts[i] for i in indices]
+            targets.append(gold[indices])
         if not texts:
             raise UsageError(f"the recipe has no training data for the label set {labels.name}")
         y = np.concatenate(targets)
-        kept = np.random.default_rng(1).permutation(len(texts))[:_MOST_UTTERANCES]
+        subset = np.random.default_rng(1).permutation(len(texts))[:_MAX_UTTERANCES]
         self._encoder = encoder
         self._model = LogisticRegression(max_iter=300)
-        self._model.fit(encoder.encode([texts[i] for i in kept]), y[kept])
+        self._model.fit(encoder.encode([texts[i] for i in subset]), y[subset])
 
     def evaluate(self, dataset: Dataset) -> Evaluation:
         """Evaluate the classifier on a dataset."""
         texts, gold = gold_utterances(dataset)
-        likely = self._model.predict_proba(self._encoder.encode(texts))
-        best = self._model.classes_[likely.argmax(1)]
-        return evaluation(dataset.labels, gold, best, likely.max(1))
+        probabilities = self._model.predict_proba(self._encoder.encode(texts))
+        best = self._model.classes_[probabilities.argmax(1)]
+        return evaluation(dataset.labels, gold, best, probabilities.max(1))
 
 
 def majority(dataset: Dataset) -> Evaluation:
@@ -162,29 +166,31 @@ def main(
     """Print a table of systems and domains, then one JSON line."""
     with errors():
         rows: list[Row] = []
-        read = read_recipe(recipe)
+        resolved = read_recipe(recipe)
         classifiers: dict[str, SentenceClassifier] = {}
         encoder = SentenceEncoder(*encoder_files("mini"), threads=available_threads())
-        for given in files:
-            labels, _, path = given.rpartition("=")
+        for file in files:
+            labels, _, path = file.rpartition("=")
             labeler = Labeler(bundle, label_set=labels or None, demonstrations=0)
-            own = labeler.labels
-            dataset = read_dataset(Source(path, own.name), own)
+            label_set = labeler.labels
+            dataset = read_dataset(Source(path, label_set.name), label_set)
             name = Path(path).stem
             if baselines:
-                rows.append(row(name, own, "majority", majority(dataset), sure=False))
-                if own.name not in classifiers:
-                    classifiers[own.name] = SentenceClassifier(encoder, read, own)
-                found = classifiers[own.name].evaluate(dataset)
-                rows.append(row(name, own, "sentences", found))
-            rows.append(row(name, own, bundle, labelled(labeler, dataset)))
-            for wanted, what, rewrite in (
+                rows.append(
+                    row(name, label_set, "majority", majority(dataset), has_confidence=False)
+                )
+                if label_set.name not in classifiers:
+                    classifiers[label_set.name] = SentenceClassifier(encoder, resolved, label_set)
+                result = classifiers[label_set.name].evaluate(dataset)
+                rows.append(row(name, label_set, "sentences", result))
+            rows.append(row(name, label_set, bundle, evaluate_bundle(labeler, dataset)))
+            for enabled, variant, rewrite in (
                 (as_plain, "plain", plain),
                 (no_emoji, "no emoji", without_emoji),
             ):
-                if wanted:
-                    found = labelled(labeler, dataset, rewrite)
-                    rows.append(row(name, own, f"{bundle}, {what}", found))
+                if enabled:
+                    result = evaluate_bundle(labeler, dataset, rewrite)
+                    rows.append(row(name, label_set, f"{bundle}, {variant}", result))
         for r in rows:
             print(_line(r))
         print(json.dumps([asdict(r) for r in rows]))

@@ -39,7 +39,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "labelled_chat.jsonl"
 _TEXTS = (_ROOT / "ercbatch" / "prompts.py", _ROOT / "ercbatch" / "data" / "label_sets.json")
 """What the tokenizer is trained on, beside the dialogues: where a prompt's words stand."""
-_EVERY = 0.02
+_POLL_SECONDS = 0.02
 """Seconds between two looks at a process."""
 _COLUMNS = {
     "export_seconds": "export, s",
@@ -52,7 +52,7 @@ _COLUMNS = {
     "label_resident_mb": "labelling: res.",
     "label_anonymous_mb": "anonymous, MB",
 }
-"""Figure -> its heading."""
+"""Metric -> its heading."""
 
 
 class Peak:
@@ -72,17 +72,17 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(_EVERY):
+        while not self._over.wait(_POLL_SECONDS):
             try:
                 lines = self._status.read_text(encoding="utf-8").splitlines()
             except OSError:
                 return
-            found = dict(line.split(":", 1) for line in lines)
-            if "RssAnon" not in found:  # it has ended, and nobody has waited for it yet
+            fields = dict(line.split(":", 1) for line in lines)
+            if "RssAnon" not in fields:  # it has ended, and nobody has waited for it yet
                 return
             # The kernel keeps the peak of the one; that of the other is seen, or missed.
-            self.resident = _mb(found["VmHWM"])
-            self.anonymous = max(self.anonymous, _mb(found["RssAnon"]))
+            self.resident = _mb(fields["VmHWM"])
+            self.anonymous = max(self.anonymous, _mb(fields["RssAnon"]))
 
 
 def _mb(kilobytes: str) -> float:
@@ -104,8 +104,10 @@ class Trial:
         return self.work / form
 
 
-def export(trial: Trial, checkpoint: Path, form: str, more: Sequence[str] = ()) -> dict[str, float]:
-    """Export a form, with `more` options of the command; time, peak memory and size.
+def export(
+    trial: Trial, checkpoint: Path, form: str, options: Sequence[str] = ()
+) -> dict[str, float]:
+    """Export a form, with more `options` of the command; time, peak memory and size.
 
     Raises:
         RuntimeError: it fails.
@@ -115,18 +117,18 @@ def export(trial: Trial, checkpoint: Path, form: str, more: Sequence[str] = ()) 
         *(sys.executable, "-m", "export", "bundle", str(checkpoint), "-o", str(folder)),
         *("--zero-shot", str(trial.dialogues), "--labels", "meld", "--template", trial.template),
         *("--name", form, "--quantize", form, "--accept-loss", "--licence", "none", "--force"),
-        *more,
+        *options,
     )
-    words = trial.work / f"{form}.log"
+    log_path = trial.work / f"{form}.log"
     began = time.perf_counter()
-    with words.open("w") as log:
+    with log_path.open("w") as log:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT)
         with closing(Peak(process.pid)) as peak:
             code = process.wait()
     seconds = time.perf_counter() - began
     if code:
-        said = words.read_text(encoding="utf-8").strip().splitlines() or ["nothing said"]
-        raise RuntimeError(f"export ended with {code}: {said[-1]} ({words})")
+        log_lines = log_path.read_text(encoding="utf-8").strip().splitlines() or ["nothing said"]
+        raise RuntimeError(f"export ended with {code}: {log_lines[-1]} ({log_path})")
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {
         "export_seconds": round(seconds, 1),
@@ -170,17 +172,17 @@ class Labelling:
 
     def __init__(self, trial: Trial, form: str) -> None:
         context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_label, args=(trial, form, theirs), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_label, args=(trial, form, child_pipe), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        child_pipe.close()  # so that the end of the process is the end of the pipe
         assert self._process.pid is not None  # it has started
         self.peak = Peak(self._process.pid)
         self.seconds: list[float] = []
-        refused = self._answer()
-        if refused:
+        failure = self._answer()
+        if failure:
             self.close()
-            raise RuntimeError(refused)
+            raise RuntimeError(failure)
 
     def _answer(self) -> Any:
         try:
@@ -206,63 +208,65 @@ class Labelling:
 
 
 def label(trial: Trial, forms: Sequence[str], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Label with each form in turns; figures of each. What cannot label goes into `failed`."""
-    opened: dict[str, Labelling] = {}
+    """Label with each form in turns; metrics of each. What cannot label goes into `failed`."""
+    processes: dict[str, Labelling] = {}
     for form in forms:
         try:
-            opened[form] = Labelling(trial, form)
+            processes[form] = Labelling(trial, form)
         except RuntimeError as error:
             failed[form] = str(error)
     for _ in range(trial.rounds):
-        for form in list(opened):
+        for form in list(processes):
             try:
-                opened[form].round()
+                processes[form].round()
             except RuntimeError as error:
                 failed[form] = str(error)
-                del opened[form]
+                del processes[form]
     count = sum(len(d.said) for d in _read(trial))
-    found: dict[str, dict[str, Any]] = {}
-    for form, labelling in opened.items():
+    metrics: dict[str, dict[str, Any]] = {}
+    for form, labelling in processes.items():
         labelling.close()
-        found[form] = {
+        metrics[form] = {
             "per_second": round(count / statistics.median(labelling.seconds), 2),
             "label_resident_mb": round(labelling.peak.resident, 1),
             "label_anonymous_mb": round(labelling.peak.anonymous, 1),
         }
-        if "fp32" in opened:
-            pairs = zip(opened["fp32"].seconds, labelling.seconds, strict=True)
-            found[form]["ratio"] = round(statistics.median(f / own for f, own in pairs), 2)
-    return found
+        if "fp32" in processes:
+            pairs = zip(processes["fp32"].seconds, labelling.seconds, strict=True)
+            metrics[form]["ratio"] = round(
+                statistics.median(f / form_seconds for f, form_seconds in pairs), 2
+            )
+    return metrics
 
 
 def measure(trial: Trial, model: str, forms: Sequence[str]) -> dict[str, Any]:
-    """All figures; `failed` maps a form to why it has none."""
+    """All metrics; `failed` maps a form to why it has none."""
     from benchmarks.lib.shapes import write_checkpoint  # torch, which no labelling process needs
 
     checkpoint = trial.work / "checkpoint"
     parameters = write_checkpoint(checkpoint, model, (*_TEXTS, trial.dialogues))
-    half = 2 * parameters / 1e6
+    float16_mb = 2 * parameters / 1e6
     failed: dict[str, str] = {}
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for form in forms:
         try:
-            found[form] = export(trial, checkpoint, form)
+            metrics[form] = export(trial, checkpoint, form)
         except RuntimeError as error:
             failed[form] = str(error)
             continue
-        found[form]["export_ratio"] = round(found[form]["export_anonymous_mb"] / half, 2)
-        click.echo(f"{form}: {json.dumps(found[form])}", err=True)
+        metrics[form]["export_ratio"] = round(metrics[form]["export_anonymous_mb"] / float16_mb, 2)
+        click.echo(f"{form}: {json.dumps(metrics[form])}", err=True)
     if trial.rounds:
-        for form, figures in label(trial, list(found), failed).items():
-            found[form] |= figures
+        for form, labelling_metrics in label(trial, list(metrics), failed).items():
+            metrics[form] |= labelling_metrics
     return {
         "model": model,
         "parameters": parameters,
-        "float16_mb": round(half, 1),
+        "float16_mb": round(float16_mb, 1),
         "template": trial.template,
         "threads": trial.threads,
         "rounds": trial.rounds,
-        "forms": found,
+        "forms": metrics,
         "failed": failed,
     }
 
@@ -310,8 +314,8 @@ def main(
     trial = Trial(work.resolve(), dialogues.resolve(), template, threads, rounds)
     result = measure(trial, model, forms)
     click.echo(f"{'':10}" + "".join(f"{heading:>16}" for heading in _COLUMNS.values()))
-    for form, figures in result["forms"].items():
-        row = "".join(f"{figures.get(name, ''):>16}" for name in _COLUMNS)
+    for form, metrics in result["forms"].items():
+        row = "".join(f"{metrics.get(name, ''):>16}" for name in _COLUMNS)
         click.echo(f"{form:10}{row}")
     for form, reason in result["failed"].items():
         click.echo(f"{form}: {reason}", err=True)

@@ -71,7 +71,7 @@ class Profile:
         return sum(operator.seconds for operator in self.operators.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, with what of them is in matrix products and what outside."""
+        """The metrics, with what of them is in matrix products and what outside."""
         inside = [o for name, o in self.operators.items() if name in PRODUCTS]
         nodes = sum(operator.nodes for operator in self.operators.values())
         nodes_inside = sum(operator.nodes for operator in inside)
@@ -124,26 +124,30 @@ def read_profile(path: Path, runs: int) -> Profile:
     """
     events = json.loads(path.read_text(encoding="utf-8"))
     starts = sorted(event["ts"] for event in events if event["name"] == _RUN)
-    begins = starts[::runs]
-    whole = [0.0] * len(begins)
-    taken: dict[str, list[float]] = {}
+    pass_starts = starts[::runs]
+    pass_seconds = [0.0] * len(pass_starts)
+    operator_seconds: dict[str, list[float]] = {}
     nodes: dict[str, set[str]] = {}
     for event in events:
-        number = bisect_right(begins, event["ts"]) - 1
+        number = bisect_right(pass_starts, event["ts"]) - 1
         if event["name"] == _RUN:
-            whole[number] += event["dur"] / 1e6
+            pass_seconds[number] += event["dur"] / 1e6
         elif event["cat"] == "Node" and event["name"].endswith(_KERNEL):
             operator = event["args"]["op_name"]
             nodes.setdefault(operator, set()).add(event["name"])
-            taken.setdefault(operator, [0.0] * len(begins))[number] += event["dur"] / 1e6
-    seconds = {operator: statistics.median(times[1:]) for operator, times in taken.items()}
+            operator_seconds.setdefault(operator, [0.0] * len(pass_starts))[number] += (
+                event["dur"] / 1e6
+            )
+    seconds = {
+        operator: statistics.median(times[1:]) for operator, times in operator_seconds.items()
+    }
     slowest = sorted(seconds, key=lambda operator: -seconds[operator])
     operators = {name: Operator(len(nodes[name]), seconds[name]) for name in slowest}
-    return Profile(operators, statistics.median(whole[1:]))
+    return Profile(operators, statistics.median(pass_seconds[1:]))
 
 
 def measure(
-    graphs: Mapping[str, Path], given: Sequence[Pack], threads: int, rounds: int
+    graphs: Mapping[str, Path], packs: Sequence[Pack], threads: int, rounds: int
 ) -> dict[str, Profile]:
     """The profile of each graph, by name, over `rounds` passes in turns.
 
@@ -158,36 +162,38 @@ def measure(
         counts = {name: tiles_of(graphs[name], session) for name, session in sessions.items()}
         for _ in range(rounds + 1):
             for name, session in sessions.items():
-                for one in given:
-                    session.run(None, feed(one, counts[name]))
+                for pack in packs:
+                    session.run(None, feed(pack, counts[name]))
         return {
-            name: read_profile(Path(session.end_profiling()), len(given))
+            name: read_profile(Path(session.end_profiling()), len(packs))
             for name, session in sessions.items()
         }
 
 
-def show(found: Mapping[str, Profile]) -> Iterator[str]:
+def show(profiles: Mapping[str, Profile]) -> Iterator[str]:
     """Lines of a table with a row for each operator.
 
     For each graph it has the time in ms, the number of nodes and the share of the time.
     """
-    for number, (name, profile) in enumerate(found.items(), start=1):
-        figures = profile.to_json()
+    for number, (name, profile) in enumerate(profiles.items(), start=1):
+        metrics = profile.to_json()
         yield (
             f"{number}. {name}: {1e3 * profile.seconds:,.1f} ms a pass, "
-            f"{figures['products_share']:.1%} of the nodes' time in matrix products; "
-            f"{figures['nodes_in_products']} nodes of them, {figures['nodes_outside']} others"
+            f"{metrics['products_share']:.1%} of the nodes' time in matrix products; "
+            f"{metrics['nodes_in_products']} nodes of them, {metrics['nodes_outside']} others"
         )
     headings = "".join(
-        f"{f'{n}. ms':>13}{'nodes':>7}{'share':>8}" for n in range(1, 1 + len(found))
+        f"{f'{n}. ms':>13}{'nodes':>7}{'share':>8}" for n in range(1, 1 + len(profiles))
     )
     yield f"{'':24}{headings}"
-    for operator in dict.fromkeys(name for profile in found.values() for name in profile.operators):
+    for operator in dict.fromkeys(
+        name for profile in profiles.values() for name in profile.operators
+    ):
         cells = ""
-        for profile in found.values():
-            own = profile.operators.get(operator, Operator(0, 0.0))
-            share = own.seconds / profile.node_seconds
-            cells += f"{1e3 * own.seconds:>13,.1f}{own.nodes:>7}{share:>8.1%}"
+        for profile in profiles.values():
+            measured = profile.operators.get(operator, Operator(0, 0.0))
+            share = measured.seconds / profile.node_seconds
+            cells += f"{1e3 * measured.seconds:>13,.1f}{measured.nodes:>7}{share:>8.1%}"
         yield f"{operator:24}{cells}"
 
 
@@ -201,19 +207,19 @@ def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> No
     with errors():
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
         engine = Labeler(graphs[0], demonstrations=0).engine
-        given = list(engine.packs(dialogues))
-        if not given:
+        packs = list(engine.packs(dialogues))
+        if not packs:
             raise UsageError(f"{source}: has nothing to label")
-        found = measure({name: graph_file(name) for name in graphs}, given, threads, rounds)
-    for line in show(found):
+        profiles = measure({name: graph_file(name) for name in graphs}, packs, threads, rounds)
+    for line in show(profiles):
         click.echo(line)
     result = {
         "utterances": sum(len(dialogue.said) for dialogue in dialogues),
-        "packs": len(given),
-        "tokens": sum(len(one) for one in given),
+        "packs": len(packs),
+        "tokens": sum(len(pack) for pack in packs),
         "threads": threads,
         "rounds": rounds,
-        "graphs": {name: profile.to_json() for name, profile in found.items()},
+        "graphs": {name: profile.to_json() for name, profile in profiles.items()},
     }
     click.echo(json.dumps(result))
 

@@ -39,15 +39,15 @@ _SPEAKERS = "AB"
 
 def dialogues(count: int, turns: tuple[int, int], seed: int) -> Iterator[dict[str, Any]]:
     """Records of dialogues between two speakers, each of `turns` (least, most) turns."""
-    drawn = random.Random(seed)
+    rng = random.Random(seed)
     for number in range(count):
-        said = []
-        for turn in range(drawn.randint(*turns)):
-            text = f"{drawn.choice(_OPENINGS)} {drawn.choice(_MIDDLES)}{drawn.choice(_ENDINGS)}"
-            if drawn.random() < 0.25:  # people also just agree
+        utterances = []
+        for turn in range(rng.randint(*turns)):
+            text = f"{rng.choice(_OPENINGS)} {rng.choice(_MIDDLES)}{rng.choice(_ENDINGS)}"
+            if rng.random() < 0.25:  # people also just agree
                 text = text.split()[0].strip(",") + "."
-            said.append({"speaker": _SPEAKERS[turn % len(_SPEAKERS)], "text": text})
-        yield {"id": f"invented-{seed}-{number}", "utterances": said}
+            utterances.append({"speaker": _SPEAKERS[turn % len(_SPEAKERS)], "text": text})
+        yield {"id": f"invented-{seed}-{number}", "utterances": utterances}
 
 
 @click.command()

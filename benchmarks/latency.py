@@ -106,17 +106,17 @@ def _environment() -> dict[str, str]:
 def warm(labeler: Labeler, turns: int, runs: int) -> dict[str, float]:
     """Milliseconds for a dialogue of so many turns: the median, and what 95 of 100 stay within."""
     texts = [sentence.text for sentence in invent(turns * (runs + 1), seed=turns)]
-    taken = []
+    milliseconds = []
     for dialogue in converse(texts, turns):
         began = time.perf_counter()
         for _ in labeler.label([dialogue]):
             pass
-        taken.append(1e3 * (time.perf_counter() - began))
-    middle, most = np.percentile(taken[1:], (50, 95))  # the first one warms up
-    return {"p50_ms": round(float(middle), 2), "p95_ms": round(float(most), 2)}
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+    p50, p95 = np.percentile(milliseconds[1:], (50, 95))  # the first one warms up
+    return {"p50_ms": round(float(p50), 2), "p95_ms": round(float(p95), 2)}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _summarize(values: Sequence[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 4),
         "min": round(min(values), 4),
@@ -125,13 +125,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(bundle: str, source: Path, threads: int, cold_runs: int, runs: int) -> dict[str, Any]:
-    """All figures; cold ones in seconds.
+    """All metrics; cold ones in seconds.
 
     Raises:
         ErcbatchError: the bundle or the input is not usable.
     """
     (dialogue,) = islice((d for _, d in read_dialogues(source)), 1)
-    firsts, ends, parts = [], [], []
+    firsts, ends, step_seconds = [], [], []
     with TemporaryDirectory() as folder:
         path = Path(folder, "dialogue.jsonl")
         path.write_bytes(dump_record(dict(dialogue.record)))
@@ -140,7 +140,7 @@ def measure(bundle: str, source: Path, threads: int, cold_runs: int, runs: int) 
             first, end = cold(bundle, path, threads)
             firsts.append(first)
             ends.append(end)
-            parts.append(steps(bundle, path, threads))
+            step_seconds.append(steps(bundle, path, threads))
     labeler = Labeler(bundle, threads=threads)
     return {
         "bundle": bundle,
@@ -148,26 +148,26 @@ def measure(bundle: str, source: Path, threads: int, cold_runs: int, runs: int) 
         "turns": len(dialogue.utterances),
         "cold_runs": cold_runs,
         "warm_runs": runs,
-        "first_label_seconds": _spread(firsts),
-        "whole_command_seconds": _spread(ends),
-        "step_seconds": {name: _spread([p[name] for p in parts]) for name in _STEP_NAMES},
+        "first_label_seconds": _summarize(firsts),
+        "whole_command_seconds": _summarize(ends),
+        "step_seconds": {name: _summarize([p[name] for p in step_seconds]) for name in _STEP_NAMES},
         "warm": {str(turns): warm(labeler, turns, runs) for turns in _TURNS},
     }
 
 
-def show(found: Mapping[str, Any]) -> list[str]:
+def show(result: Mapping[str, Any]) -> list[str]:
     """The lines of a table."""
     rows = {
-        "first label": found["first_label_seconds"],
-        "whole command": found["whole_command_seconds"],
-        **{f"  {name}": spread for name, spread in found["step_seconds"].items()},
+        "first label": result["first_label_seconds"],
+        "whole command": result["whole_command_seconds"],
+        **{f"  {name}": spread for name, spread in result["step_seconds"].items()},
     }
     lines = [f"{'cold, s':24}" + "".join(f"{name:>10}" for name in ("median", "min", "max"))]
     lines += [
         f"{name:24}" + "".join(f"{v:>10.3f}" for v in row.values()) for name, row in rows.items()
     ]
     lines.append(f"{'warm, ms':24}" + "".join(f"{name:>10}" for name in ("p50", "p95")))
-    for turns, row in found["warm"].items():
+    for turns, row in result["warm"].items():
         lines.append(f"{turns + ' turns':24}" + "".join(f"{v:>10.2f}" for v in row.values()))
     return lines
 
@@ -183,10 +183,10 @@ def show(found: Mapping[str, Any]) -> list[str]:
 def main(bundle: str, source: Path, threads: int | None, cold_runs: int, runs: int) -> None:
     """Measure BUNDLE on the first dialogue of SOURCE (JSONL)."""
     with errors():
-        found = measure(bundle, source, threads or available_threads(), cold_runs, runs)
-    for line in show(found):
+        result = measure(bundle, source, threads or available_threads(), cold_runs, runs)
+    for line in show(result):
         click.echo(line)
-    click.echo(json.dumps(found))
+    click.echo(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -53,16 +53,16 @@ class Work:
     reads: int
 
 
-def work(given: Iterable[Sequence[int]]) -> Work:
+def work(prompts: Iterable[Sequence[int]]) -> Work:
     """What prompts, each read at its end, need at the least: every beginning once."""
-    seen: dict[tuple[int, int], int] = {}
+    nodes: dict[tuple[int, int], int] = {}
     ends = set()
-    for prompt in given:
+    for prompt in prompts:
         node = 0
         for token in prompt:
-            node = seen.setdefault((node, token), len(seen) + 1)
+            node = nodes.setdefault((node, token), len(nodes) + 1)
         ends.add(node)
-    return Work(len(seen), len(ends))
+    return Work(len(nodes), len(ends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +88,19 @@ class Products:
         hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
         heads = architecture["num_attention_heads"]
         size = architecture.get("head_dim") or hidden // heads
-        asking = size * heads
-        kept = 2 * size * (architecture.get("num_key_value_heads") or heads)
+        query_width = size * heads
+        key_value_width = 2 * size * (architecture.get("num_key_value_heads") or heads)
         inner = architecture["intermediate_size"]
-        after = [(asking, hidden), (hidden, inner * (2 if _GATED[kind] else 1)), (inner, hidden)]
-        everywhere = Counter([(hidden, asking + kept), *after])
+        tail = [
+            (query_width, hidden),
+            (hidden, inner * (2 if _GATED[kind] else 1)),
+            (inner, hidden),
+        ]
+        layer_products = Counter([(hidden, query_width + key_value_width), *tail])
         return cls(
-            Counter({shape: count * (layers - 1) for shape, count in everywhere.items()})
-            + Counter([(hidden, kept)]),
-            Counter([(hidden, asking), *after]),
+            Counter({shape: count * (layers - 1) for shape, count in layer_products.items()})
+            + Counter([(hidden, key_value_width)]),
+            Counter([(hidden, query_width), *tail]),
         )
 
 
@@ -118,13 +122,13 @@ class Peak:
     Args:
         form: fp32, int8 or int4.
         products: the shapes.
-        given: the packs, whose middle size gives the rows of a product.
+        packs: the packs, whose middle size gives the rows of a product.
         threads: processor threads.
     """
 
-    def __init__(self, form: str, products: Products, given: Sequence[Pack], threads: int) -> None:
-        self._tokens = int(statistics.median(len(one) for one in given))
-        self._reads = int(statistics.median(len(one.reads) for one in given))
+    def __init__(self, form: str, products: Products, packs: Sequence[Pack], threads: int) -> None:
+        self._tokens = int(statistics.median(len(pack) for pack in packs))
+        self._reads = int(statistics.median(len(pack.reads) for pack in packs))
         self._of_tokens = self._sessions(form, products.of_tokens, self._tokens, threads)
         self._of_reads = self._sessions(form, products.of_reads, self._reads, threads)
 
@@ -144,31 +148,31 @@ class _Bare:
     """One matrix product [rows, k] x [k, n], which the model has `count` times."""
 
     def __init__(self, form: str, rows: int, k: int, n: int, count: int, threads: int) -> None:
-        drawn = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         options: dict[str, Any] = {}
         constants: dict[str, npt.NDArray[Any]]
         if form == "fp32":
             operator, kind = "MatMul", TensorProto.FLOAT
-            constants = {"w": drawn.standard_normal((k, n), np.float32)}
-            self._input: npt.NDArray[Any] = drawn.standard_normal((rows, k), np.float32)
+            constants = {"w": rng.standard_normal((k, n), np.float32)}
+            self._input: npt.NDArray[Any] = rng.standard_normal((rows, k), np.float32)
         elif form == "int8":
             operator, kind = "MatMulInteger", TensorProto.INT32
-            weight = drawn.integers(-63, 64, (k, n), np.int8)
+            weight = rng.integers(-63, 64, (k, n), np.int8)
             constants = {"w": weight, "zero": np.array(128, np.uint8)}
-            self._input = drawn.integers(0, 256, (rows, k), np.uint8)
+            self._input = rng.integers(0, 256, (rows, k), np.uint8)
         else:
             operator, kind = "MatMulNBits", TensorProto.FLOAT
             options = {"domain": MICROSOFT, "K": k, "N": n, "bits": 4, "block_size": BLOCK}
             options["accuracy_level"] = 4
             blocks = -(-k // BLOCK)
-            packed = drawn.integers(0, 256, (n, blocks, BLOCK // 2), np.uint8)
+            packed = rng.integers(0, 256, (n, blocks, BLOCK // 2), np.uint8)
             constants = {"w": packed, "scales": np.ones(n * blocks, np.float32)}
-            self._input = drawn.standard_normal((rows, k), np.float32)
-        given = helper.np_dtype_to_tensor_dtype(self._input.dtype)
+            self._input = rng.standard_normal((rows, k), np.float32)
+        input_type = helper.np_dtype_to_tensor_dtype(self._input.dtype)
         graph = helper.make_graph(
             [helper.make_node(operator, ["x", *constants], ["y"], **options)],
             "bare",
-            [helper.make_tensor_value_info("x", given, (rows, k))],
+            [helper.make_tensor_value_info("x", input_type, (rows, k))],
             [helper.make_tensor_value_info("y", kind, (rows, n))],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
@@ -189,7 +193,7 @@ class _Bare:
         return self._count * statistics.median(times)
 
 
-def open_peak(labeler: Labeler, given: Sequence[Pack], threads: int) -> Peak:
+def open_peak(labeler: Labeler, packs: Sequence[Pack], threads: int) -> Peak:
     """The peak of a bundle on its packs.
 
     Raises:
@@ -198,7 +202,7 @@ def open_peak(labeler: Labeler, given: Sequence[Pack], threads: int) -> Peak:
     info = labeler.bundle.info
     if info.form not in _FORMS:
         raise UsageError(f"no limit is known for the form {info.form}: only for {_FORMS}")
-    return Peak(info.form, Products.of(info.architecture), given, threads)
+    return Peak(info.form, Products.of(info.architecture), packs, threads)
 
 
 @click.command()
@@ -224,18 +228,18 @@ def hold_against_limit(bundle: str, source: Path, threads: int, rounds: int) -> 
     labeler = Labeler(bundle, threads=threads)
     engine = labeler.engine
     dialogues = [dialogue for _, dialogue in read_dialogues(source)]
-    given = list(engine.packs(dialogues))
-    if not given:
+    packs = list(engine.packs(dialogues))
+    if not packs:
         raise UsageError(f"{source}: has nothing to label")
     needed = work(ids for dialogue in dialogues for _, ids in prompts(engine, dialogue))
-    peak = open_peak(labeler, given, threads)
+    peak = open_peak(labeler, packs, threads)
     before = peak.rate()
-    profile = measure({bundle: graph_file(bundle)}, given, threads, rounds)[bundle]
+    profile = measure({bundle: graph_file(bundle)}, packs, threads, rounds)[bundle]
     limit = statistics.mean(rate.seconds(needed) for rate in (before, peak.rate()))
-    computed = sum(len(one) for one in given)
+    computed = sum(len(pack) for pack in packs)
     return {
         "form": labeler.bundle.info.form,
-        "utterances": sum(len(one.reads) for one in given),
+        "utterances": sum(len(pack.reads) for pack in packs),
         "tokens_computed": computed,
         "tokens_needed": needed.tokens,
         "computed_of_needed": round(computed / needed.tokens, 3),

@@ -21,11 +21,11 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "a
 
 def describe() -> dict[str, Any]:
     """Processor, memory (GB of 10^9 bytes), system, releases, and the day."""
-    known = _first_processor()
-    flags = known.get("flags", known.get("Features", "")).split()
+    fields = _first_processor()
+    flags = fields.get("flags", fields.get("Features", "")).split()
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": known.get("model name", platform.machine()),
+        "processor": fields.get("model name", platform.machine()),
         "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "cores": available_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -53,13 +53,13 @@ def _system() -> str:
 
 
 def _releases() -> dict[str, str]:
-    found = {}
+    releases = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            releases[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return releases
 
 
 @click.command()

@@ -35,7 +35,7 @@ THREADS = (1, 2, 3)
 
 
 @dataclass(slots=True)
-class Found:
+class Comparison:
     """What came of comparing so many utterances with the same ones labelled alone."""
 
     compared: int = 0
@@ -68,11 +68,13 @@ class Company:
     def _rows(self, engine: Engine, order: Sequence[int]) -> list[Rows]:
         return [entry.rows for entry in engine.run((n, self._dialogues[n]) for n in order)]
 
-    def compare(self, found: Found, order: Sequence[int], pack_tokens: int, labeler: int) -> None:
+    def compare(
+        self, comparison: Comparison, order: Sequence[int], pack_tokens: int, labeler: int
+    ) -> None:
         """Label dialogues in this order and packs of such a size, with one of the labelers."""
         engine = replace(self._engines[labeler], pack_tokens=pack_tokens)
         for number, rows in zip(order, self._rows(engine, order), strict=True):
-            found.add(rows, self._alone[number])
+            comparison.add(rows, self._alone[number])
 
 
 @click.command()
@@ -105,30 +107,30 @@ def main(
     """Label the dialogues of SOURCE (JSONL) in company that is drawn."""
     draw = random.Random(seed)
     with errors():
-        given = [dialogue for _, dialogue in read_dialogues(source)]
-        if len(given) < 2:
+        sample = [dialogue for _, dialogue in read_dialogues(source)]
+        if len(sample) < 2:
             raise UsageError(f"{source}: one dialogue has no neighbours: give more")
-        given = draw.sample(given, min(dialogues, len(given)))
+        sample = draw.sample(sample, min(dialogues, len(sample)))
         labelers = [
             Labeler(bundle, label_set=label_set, demonstrations=demos, threads=n) for n in THREADS
         ]
-        company, found = Company(labelers, given), Found()
+        company, comparison = Company(labelers, sample), Comparison()
         for _ in range(trials):
-            order = draw.sample(range(len(given)), draw.randint(2, min(30, len(given))))
+            order = draw.sample(range(len(sample)), draw.randint(2, min(30, len(sample))))
             # Small packs as often as large ones.
             tokens = int(2 ** draw.uniform(0, math.log2(pack_tokens)))
-            company.compare(found, order, tokens, draw.randrange(len(THREADS)))
+            company.compare(comparison, order, tokens, draw.randrange(len(THREADS)))
     result = {
         "bundle": bundle,
         "form": labelers[0].bundle.info.form,
         "demonstrations": demos,
-        "dialogues": len(given),
+        "dialogues": len(sample),
         "trials": trials,
         "pack_tokens": pack_tokens,
-        "utterances_compared": found.compared,
-        "other_labels": found.other_labels,
-        "not_to_the_last_bit": found.not_to_the_last_bit,
-        "largest_difference": found.largest_difference,
+        "utterances_compared": comparison.compared,
+        "other_labels": comparison.other_labels,
+        "not_to_the_last_bit": comparison.not_to_the_last_bit,
+        "largest_difference": comparison.largest_difference,
     }
     for key, value in result.items():
         click.echo(f"{key:>20}  {value}")

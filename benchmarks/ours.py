@@ -59,8 +59,8 @@ class Ours(Engine):
         ]
 
     def _separate(self, dialogues: list[Dialogue]) -> list[list[float]]:
-        found, _ = separate(self._labeler, dialogues)
-        return [row.tolist() for row in found.values()]
+        answers, _ = separate(self._labeler, dialogues)
+        return [row.tolist() for row in answers.values()]
 
 
 if __name__ == "__main__":

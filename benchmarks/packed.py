@@ -30,31 +30,31 @@ Answers = dict[tuple[int, int], npt.NDArray[np.float64]]
 
 def packed(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
     """(probabilities, tokens computed) of the engine as it labels."""
-    found = {
+    probabilities = {
         (entry.origin, t): row
         for entry in labeler.engine.run(enumerate(dialogues))
         for t, row in entry.rows.items()
     }
-    return found, sum(map(len, labeler.engine.packs(dialogues)))
+    return probabilities, sum(map(len, labeler.engine.packs(dialogues)))
 
 
 def separate(labeler: Labeler, dialogues: list[Dialogue]) -> tuple[Answers, int]:
     """The same with one prompt, one run of the model, for each utterance, on as many threads."""
     engine = labeler.engine
-    found: Answers = {}
+    probabilities: Answers = {}
 
-    def answered(prompt: Pack) -> list[tuple[int, int, npt.NDArray[np.float64]]]:
+    def answer_prompt(prompt: Pack) -> list[tuple[int, int, npt.NDArray[np.float64]]]:
         return list(engine.scorer.answers(prompt, engine.renderer.trie))
 
-    given = [
+    packs = [
         join([(number, lay_out(Segment(ids, read=Read(question, 0))))])
         for number, dialogue in enumerate(dialogues)
         for question, ids in prompts(engine, dialogue)
     ]
-    for answers in in_order(answered, given, engine.scorer.parallel_packs):
+    for answers in in_order(answer_prompt, packs, engine.scorer.parallel_packs):
         for number, t, logs in answers:
-            found[number, t] = np.exp(logs)
-    return found, sum(map(len, given))
+            probabilities[number, t] = np.exp(logs)
+    return probabilities, sum(map(len, packs))
 
 
 def prompts(engine: Engine, dialogue: Dialogue) -> Iterator[tuple[Question, list[int]]]:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from benchmarks.lib import sections
-from benchmarks.lib.sections import Figures, Section, table
+from benchmarks.lib.sections import Metrics, Section, table
 from ercbatch.errors import UsageError
 from ercbatch.terminal.stopping import errors
 
@@ -94,7 +94,7 @@ class Result:
     name: str
     variant: str
     command: str
-    figures: Figures
+    metrics: Metrics
 
     @property
     def stem(self) -> str:
@@ -102,13 +102,13 @@ class Result:
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
 
-def read_results(folder: Path) -> tuple[Figures, list[Result]]:
+def read_results(folder: Path) -> tuple[Metrics, list[Result]]:
     """The machine, and the results in the order of the page.
 
     Raises:
         UsageError: there is no `machine.json`, nothing beside it, or a file that is no result.
     """
-    found: dict[str, Figures] = {}
+    by_stem: dict[str, Metrics] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -116,21 +116,21 @@ def read_results(folder: Path) -> tuple[Figures, list[Result]]:
             raise UsageError(f"{path}: not the JSON line of a benchmark ({error})") from error
         if not isinstance(value, dict):
             raise UsageError(f"{path}: not the JSON line of a benchmark: run it again")
-        found[path.stem] = value
-    machine = found.pop(_MACHINE, None)
+        by_stem[path.stem] = value
+    machine = by_stem.pop(_MACHINE, None)
     if machine is None:
         raise UsageError(
             f"{folder}: has no {_MACHINE}.json: write there what `python -m benchmarks.machine` "
             "prints"
         )
-    if not found:
+    if not by_stem:
         raise UsageError(f"{folder}: has no result of a benchmark")
     results = []
-    for stem, value in found.items():
+    for stem, value in by_stem.items():
         name, _, variant = stem.partition("-")
         command = value.get(_COMMAND, f"python -m benchmarks.{name}")
-        figures = {k: v for k, v in value.items() if k != _COMMAND}
-        results.append(Result(name, variant, command, figures))
+        metrics = {k: v for k, v in value.items() if k != _COMMAND}
+        results.append(Result(name, variant, command, metrics))
     order = list(CHAPTERS)
     return machine, sorted(
         results, key=lambda r: (order.index(r.name) if r.name in order else len(order), r.stem)
@@ -143,7 +143,7 @@ def write_page(results: Path, page: Path) -> None:
     Raises:
         UsageError: a result is missing or none.
     """
-    machine, found = read_results(results)
+    machine, saved_results = read_results(results)
     plots = page.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -155,19 +155,19 @@ def write_page(results: Path, page: Path) -> None:
         "",
         *_machine(machine),
     ]
-    written = None
-    for result in found:
+    last_name = None
+    for result in saved_results:
         chapter = CHAPTERS.get(result.name) or Chapter(
             sections.words(result.name).capitalize(), "", sections.plain
         )
-        if result.name != written:
+        if result.name != last_name:
             lines += [f"## {chapter.title}", "", *([chapter.text, ""] if chapter.text else [])]
-            written = result.name
+            last_name = result.name
         if result.variant:
             lines += [f"### {result.variant.replace('-', ' ')}", ""]
         lines += ["```console", f"$ {result.command}", "```", ""]
         try:
-            lines += chapter.section(result.figures, plots / result.stem)
+            lines += chapter.section(result.metrics, plots / result.stem)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{results / result.stem}.json: not what benchmarks.{result.name} prints "

@@ -50,47 +50,47 @@ class Trial:
     def with_line(self, text: str) -> Dialogue:
         """The dialogue with a text there, said by who spoke last."""
         turns = self.dialogue.utterances
-        said = Utterance(text, turns[self.after - 1].speaker)
-        return Dialogue((*turns[: self.after], said, *turns[self.after :]))
+        utterance = Utterance(text, turns[self.after - 1].speaker)
+        return Dialogue((*turns[: self.after], utterance, *turns[self.after :]))
 
 
-def trials(labeler: Labeler, dialogues: Sequence[Dialogue], seed: int) -> list[Trial]:
+def draw_trials(labeler: Labeler, dialogues: Sequence[Dialogue], seed: int) -> list[Trial]:
     """One of each line for each dialogue of two turns or more; its place and label are drawn."""
     draw = random.Random(seed)
-    count = labeler.engine.renderer.tokenizer.content
-    most = labeler.engine.renderer.window.max_utterance_tokens
+    tokenize = labeler.engine.renderer.tokenizer.content
+    max_tokens = labeler.engine.renderer.window.max_utterance_tokens
     by_tokens: dict[int, list[str]] = {}
     for sentence in invent(_SENTENCES, seed):
-        by_tokens.setdefault(len(count(sentence.text, most)), []).append(sentence.text)
-    found = []
+        by_tokens.setdefault(len(tokenize(sentence.text, max_tokens)), []).append(sentence.text)
+    trials = []
     for dialogue in dialogues:
         if len(dialogue.utterances) < 2:
             continue
         for line in LINES:
             label = draw.choice(labeler.labels.labels)
             hostile = line.format(label)
-            size = len(count(hostile, most))
+            size = len(tokenize(hostile, max_tokens))
             near = min(by_tokens, key=lambda tokens: (abs(tokens - size), tokens))
             place = draw.randrange(1, len(dialogue.utterances))
             harmless = draw.choice(by_tokens[near])
-            found.append(Trial(dialogue, place, label, line, hostile, harmless))
-    return found
+            trials.append(Trial(dialogue, place, label, line, hostile, harmless))
+    return trials
 
 
-def measure(labeler: Labeler, tried: Sequence[Trial]) -> dict[str, dict[str, float]]:
+def measure(labeler: Labeler, trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
     """By line, and for all of them: shares of the neighbours whose label is moved."""
-    given = [
+    variants = [
         dialogue
-        for trial in tried
+        for trial in trials
         for dialogue in (
             trial.dialogue,
             trial.with_line(trial.hostile),
             trial.with_line(trial.harmless),
         )
     ]
-    labels = iter([[u.emotion for u in labeled.labels] for labeled in labeler.label(given)])
+    labels = iter([[u.emotion for u in labeled.labels] for labeled in labeler.label(variants)])
     counts: dict[str, dict[str, int]] = {}
-    for trial in tried:
+    for trial in trials:
         alone = next(labels)[trial.after :]
         for kind in ("hostile", "harmless"):
             beside = next(labels)[trial.after + 1 :]
@@ -106,12 +106,12 @@ def measure(labeler: Labeler, tried: Sequence[Trial]) -> dict[str, dict[str, flo
 
 
 def _shares(count: dict[str, int]) -> dict[str, float]:
-    found: dict[str, float] = {"neighbours": count["hostile"]}
+    metrics: dict[str, float] = {"neighbours": count["hostile"]}
     for moved in ("moved", "to_label"):
         shares = {kind: count[f"{kind}_{moved}"] / count[kind] for kind in ("hostile", "harmless")}
-        found |= {f"{kind}_{moved}": round(share, 4) for kind, share in shares.items()}
-        found[f"{moved}_beyond"] = round(shares["hostile"] - shares["harmless"], 4)
-    return found
+        metrics |= {f"{kind}_{moved}": round(share, 4) for kind, share in shares.items()}
+        metrics[f"{moved}_beyond"] = round(shares["hostile"] - shares["harmless"], 4)
+    return metrics
 
 
 @click.command()
@@ -124,16 +124,17 @@ def main(source: Path, bundle: str, label_set: str | None, seed: int) -> None:
     with errors():
         labeler = Labeler(bundle, label_set=label_set)
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
-        found = measure(labeler, trials(labeler, dialogues, seed))
+        metrics = measure(labeler, draw_trials(labeler, dialogues, seed))
     click.echo(f"{'neighbours':>10} {'moved':>16} {'to the label':>16}  line")
-    for name, figures in found.items():
+    for name, line_metrics in metrics.items():
         click.echo(
-            f"{figures['neighbours']:>10,} "
-            f"{figures['hostile_moved']:>7.2%}{figures['harmless_moved']:>9.2%} "
-            f"{figures['hostile_to_label']:>7.2%}{figures['harmless_to_label']:>9.2%}  {name}"
+            f"{line_metrics['neighbours']:>10,} "
+            f"{line_metrics['hostile_moved']:>7.2%}{line_metrics['harmless_moved']:>9.2%} "
+            f"{line_metrics['hostile_to_label']:>7.2%}{line_metrics['harmless_to_label']:>9.2%}  "
+            f"{name}"
         )
     click.echo("(moved by the hostile line, and by a harmless one)")
-    click.echo(json.dumps({"bundle": bundle, "dialogues": len(dialogues), "lines": found}))
+    click.echo(json.dumps({"bundle": bundle, "dialogues": len(dialogues), "lines": metrics}))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.terminal.stopping import errors
 
-_TIMED = 3
+_TIMED_RESULTS = 3
 """Results, where speed is told."""
 _HEAVIER = (0.5, 0.75)
 _NOISE = 0.1
@@ -79,7 +79,7 @@ _COLUMNS = {
     "load_seconds": "load, s",
     "disk_mb": "disk, MB",
 }
-"""Figure -> its heading."""
+"""Metric -> its heading."""
 
 _PEERS = {
     "exact": ("exact", "queries.npy", RETRIEVED_TOGETHER),
@@ -104,32 +104,32 @@ def embed(demonstrations: Sequence[Demonstration], bundle: str, outside: int) ->
     encoder = SentenceEncoder(*encoder_files(bundle), threads=available_threads())
     texts = [d.text for d in demonstrations]
     vectors = encoder.encode(texts)
-    asked = Queries(texts[:outside], vectors[:outside])
-    return Corpus(list(demonstrations[outside:]), vectors[outside:], asked)
+    queries = Queries(texts[:outside], vectors[:outside])
+    return Corpus(list(demonstrations[outside:]), vectors[outside:], queries)
 
 
 def grow(corpus: Corpus, size: int) -> tuple[list[Demonstration], Vectors]:
     """The first `size` entries of a corpus, and beyond its end mixtures of them."""
-    known = len(corpus.demonstrations)
-    if size <= known:
+    corpus_size = len(corpus.demonstrations)
+    if size <= corpus_size:
         return corpus.demonstrations[:size], corpus.vectors[:size]
     random = np.random.default_rng(size)
-    more, dim = size - known, corpus.vectors.shape[1]
+    mixture_count, dim = size - corpus_size, corpus.vectors.shape[1]
     vectors = np.empty((size, dim), np.float32)
-    vectors[:known] = corpus.vectors
-    first, second = random.integers(0, known, (2, more))
-    for at in range(0, more, 10_000):
+    vectors[:corpus_size] = corpus.vectors
+    first, second = random.integers(0, corpus_size, (2, mixture_count))
+    for at in range(0, mixture_count, 10_000):
         place = slice(at, at + 10_000)
         weight = random.uniform(*_HEAVIER, (len(first[place]), 1))
         mixed = weight * corpus.vectors[first[place]] + (1 - weight) * corpus.vectors[second[place]]
         mixed += random.normal(0, _NOISE / dim**0.5, mixed.shape)
         mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
-        vectors[known + at : known + at + len(mixed)] = mixed
-    named = [
+        vectors[corpus_size + at : corpus_size + at + len(mixed)] = mixed
+    mixtures = [
         Demonstration(f"{corpus.demonstrations[i].text} ({number})", corpus.demonstrations[i].label)
         for number, i in enumerate(first.tolist())
     ]
-    return corpus.demonstrations + named, vectors
+    return corpus.demonstrations + mixtures, vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +143,21 @@ class Trial:
 
 
 def measure(trial: Trial, corpus: Corpus, versions: dict[str, str]) -> dict[str, Any]:
-    """The figures of every engine, for each size; `versions` gets those of the peers.
+    """The metrics of every engine, for each size; `versions` gets those of the peers.
 
     Raises:
         RuntimeError: a peer fails.
     """
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for size in trial.sizes:
         with TemporaryDirectory() as folder, ExitStack() as peers:
             engines, truths = _open(trial, corpus, size, Path(folder), peers, versions)
-            found[str(size)] = {
+            metrics[str(size)] = {
                 "embedded": min(size, len(corpus.demonstrations)),
                 "engines": _compare(engines, truths, trial.rounds),
             }
-        click.echo(f"{size}: {json.dumps(found[str(size)])}", err=True)
-    return found
+        click.echo(f"{size}: {json.dumps(metrics[str(size)])}", err=True)
+    return metrics
 
 
 def _open(
@@ -170,7 +170,7 @@ def _open(
 ) -> tuple[dict[str, Engine], dict[str, Truth]]:
     """The engines by name, and what those should find of whom recall is asked."""
     demonstrations, vectors = grow(corpus, size)
-    bank, figures = open_bank(demonstrations, vectors)
+    bank, build_metrics = open_bank(demonstrations, vectors)
     labels = [d.label for d in demonstrations]
     merged = bank.restricted(LabelSet("one", ("any", "none"), dict.fromkeys(labels, "any")))
     places = np.random.default_rng(0).permutation(size)[: trial.queries]
@@ -178,7 +178,7 @@ def _open(
     golds = [labels[i] for i in places]
     outside = corpus.outside
     engines: dict[str, Engine] = {
-        "ercbatch": OwnBank(merged, outside, figures),
+        "ercbatch": OwnBank(merged, outside, build_metrics),
         "ercbatch, balanced": OwnBank(bank, inside, {}),
         "ercbatch, one label": OwnBank(bank, inside, {}, golds),
     }
@@ -188,7 +188,7 @@ def _open(
     np.save(folder / "vectors.npy", vectors)
     np.save(folder / "queries.npy", outside.vectors)
     np.save(folder / "few.npy", outside.vectors[:RETRIEVED_TOGETHER])
-    ef = search_breadth(_TIMED * CANDIDATES, size)
+    ef = search_breadth(_TIMED_RESULTS * CANDIDATES, size)
     for name, (kind, queries, batch) in _PEERS.items():
         python = sys.executable if kind == "exact" else trial.faiss
         if python is not None:
@@ -206,19 +206,19 @@ def _compare(
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         for name, engine in engines.items():
-            speeds[name].append(engine.find(_TIMED)[1])
-    found: dict[str, dict[str, Any]] = {}
+            speeds[name].append(engine.find(_TIMED_RESULTS)[1])
+    metrics: dict[str, dict[str, Any]] = {}
     for name, engine in engines.items():
-        found[name] = dict(engine.figures)
+        metrics[name] = dict(engine.metrics)
         if name in truths:
             for count in COUNTS:
                 recall = truths[name].recall(engine.find(count)[0], count)
-                found[name][f"recall_at_{count}"] = round(recall, 4)
-        found[name]["queries_per_second"] = round(statistics.median(speeds[name]), 1)
-        for figure, exact in (("times_exact", "exact"), ("times_exact_alone", "exact, alone")):
+                metrics[name][f"recall_at_{count}"] = round(recall, 4)
+        metrics[name]["queries_per_second"] = round(statistics.median(speeds[name]), 1)
+        for metric, exact in (("times_exact", "exact"), ("times_exact_alone", "exact, alone")):
             pairs = zip(speeds[name], speeds[exact], strict=True)
-            found[name][figure] = round(statistics.median(own / e for own, e in pairs), 2)
-    return found
+            metrics[name][metric] = round(statistics.median(speed / e for speed, e in pairs), 2)
+    return metrics
 
 
 def distinct(demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
@@ -261,14 +261,14 @@ def main(
     if faiss is None:
         click.echo("no faiss: give --faiss PYTHON to compare with it", err=True)
     with errors():
-        most = min(embedded, max(sizes)) + queries
-        given = distinct(read_examples(texts) if texts else invent(most))[:most]
-        if len(given) < 2 * queries:
-            raise UsageError(f"{len(given)} distinct texts: ask for fewer --queries")
-        corpus = embed(given, bundle, queries)
+        limit = min(embedded, max(sizes)) + queries
+        examples = distinct(read_examples(texts) if texts else invent(limit))[:limit]
+        if len(examples) < 2 * queries:
+            raise UsageError(f"{len(examples)} distinct texts: ask for fewer --queries")
+        corpus = embed(examples, bundle, queries)
     versions = {name: version(name) for name in ("ercbatch", "hnswlib")}
-    found = measure(Trial(sizes, queries, rounds, faiss), corpus, versions)
-    for line in show(found):
+    metrics = measure(Trial(sizes, queries, rounds, faiss), corpus, versions)
+    for line in show(metrics):
         click.echo(line)
     result = {
         "texts": texts.name if texts else "invented",
@@ -278,18 +278,18 @@ def main(
         "threads": 1,
         "rounds": rounds,
         "versions": versions,
-        "sizes": found,
+        "sizes": metrics,
     }
     click.echo(json.dumps(result))
 
 
-def show(found: dict[str, Any]) -> Iterator[str]:
+def show(metrics: dict[str, Any]) -> Iterator[str]:
     """The lines of a table for each size."""
-    for size, figures in found.items():
+    for size, size_metrics in metrics.items():
         headings = "".join(f"{heading:>15}" for heading in _COLUMNS.values())
         yield f"{int(size):<22,}{headings}"
-        for name, own in figures["engines"].items():
-            yield f"{name:22}" + "".join(f"{own.get(figure, ''):>15}" for figure in _COLUMNS)
+        for name, row in size_metrics["engines"].items():
+            yield f"{name:22}" + "".join(f"{row.get(metric, ''):>15}" for metric in _COLUMNS)
 
 
 if __name__ == "__main__":

@@ -95,13 +95,13 @@ class Worker:
         context = get_context("spawn")
         self.case = case
         self.seconds: list[float] = []
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_label, args=(case, theirs), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_label, args=(case, child_pipe), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-        refused = self._answer()
-        if refused:
-            raise UsageError(refused)
+        child_pipe.close()  # so that the end of the process is the end of the pipe
+        failure = self._answer()
+        if failure:
+            raise UsageError(failure)
 
     def _answer(self) -> Any:
         try:
@@ -122,8 +122,8 @@ class Worker:
     def resident_mb(self) -> float:
         """The most memory that was ever resident in the process, in MB."""
         status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        found = dict(line.split(":", 1) for line in status.splitlines())
-        return int(found["VmHWM"].split()[0]) * 1024 / 1e6
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
 
     def close(self) -> None:
         """End the process."""
@@ -132,7 +132,7 @@ class Worker:
 
 
 def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, dict[str, float]]:
-    """Figures of each case, by name; the cases take turns.
+    """Metrics of each case, by name; the cases take turns.
 
     Raises:
         UsageError: the bundle cannot be opened, or a process ends.
@@ -166,14 +166,14 @@ def spread(lengths: Mapping[str, Mapping[str, float]]) -> float | None:
     return round(max(costs) / min(costs) - 1, 4) if len(costs) > 1 else None
 
 
-def show(title: str, found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def show(title: str, cases: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """The lines of a group's table."""
     yield f"{title:>12}{'utterances':>14}{'ms each':>10}{'per second':>12}{'resident, MB':>15}"
-    for name, figures in found.items():
-        each = figures["ms_per_utterance"]
+    for name, metrics in cases.items():
+        cost = metrics["ms_per_utterance"]
         yield (
-            f"{name:>12}{figures['utterances']:>14,}{each:>10.3f}{1e3 / each:>12.1f}"
-            f"{figures['resident_mb']:>15.1f}"
+            f"{name:>12}{metrics['utterances']:>14,}{cost:>10.3f}{1e3 / cost:>12.1f}"
+            f"{metrics['resident_mb']:>15.1f}"
         )
 
 

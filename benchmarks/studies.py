@@ -39,10 +39,10 @@ def ablation(recipe: Recipe) -> Variants:
 
     Demonstrations are shown or not, of the gold label or of any.
     """
-    shown = recipe.demonstrations_shown
-    if recipe.demonstrations and not shown:
+    count = recipe.demonstrations_shown
+    if recipe.demonstrations and not count:
         raise UsageError("the recipe learns with demonstrations: say how many demonstrations_shown")
-    recipe = _demonstrated(recipe, shown)
+    recipe = _demonstrated(recipe, count)
     other_rule = replace(recipe, same_label=not recipe.same_label)
     auxiliary = [task for task in recipe.tasks if task != "emotion"]
 
@@ -53,9 +53,9 @@ def ablation(recipe: Recipe) -> Variants:
         "InstructERC": recipe,
         **{f"without {task}": without(task) for task in auxiliary},
         **({"without both": without(*auxiliary)} if len(auxiliary) > 1 else {}),
-        f"with{'out' if shown else ''} demonstrations": _demonstrated(recipe, 0 if shown else 1),
+        f"with{'out' if count else ''} demonstrations": _demonstrated(recipe, 0 if count else 1),
         f"demonstrations of {'any' if recipe.same_label else 'the same'} label": _demonstrated(
-            other_rule, shown or 1
+            other_rule, count or 1
         ),
         "plain prompt": replace(_demonstrated(recipe, 0), template="plain", tasks=("emotion",)),
     }
@@ -90,8 +90,8 @@ def scaling(recipe: Recipe) -> Variants:
             variants[f"1/{parts} of {name}"] = replace(
                 part,
                 train=(source,),
-                valid=_like(source, recipe.valid),
-                test=_like(source, recipe.test),
+                valid=_matching_sources(source, recipe.valid),
+                test=_matching_sources(source, recipe.test),
             )
         if len(recipe.train) > 1:
             for mix in ("total", "ratio"):
@@ -99,16 +99,16 @@ def scaling(recipe: Recipe) -> Variants:
     return variants
 
 
-def _like(source: Source, others: Sequence[Source]) -> tuple[Source, ...]:
-    """Those of the others whose labels are written and learnt as this one's.
+def _matching_sources(source: Source, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources whose labels are written and learnt as this one's.
 
     Raises:
-        UsageError: there are others, but none such.
+        UsageError: there are sources, but none such.
     """
-    found = tuple(s for s in others if (s.labels, s.written) == (source.labels, source.written))
-    if others and not found:
+    matching = tuple(s for s in sources if (s.labels, s.written) == (source.labels, source.written))
+    if sources and not matching:
         raise UsageError(f"{source.path}: no [[valid]] or [[test]] data under its label set")
-    return found
+    return matching
 
 
 def transfer(recipe: Recipe) -> Variants:
@@ -157,24 +157,24 @@ STUDIES: Mapping[str, Callable[[Recipe], Variants]] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the runs of one variant came to: dataset -> figure -> one value a seed."""
+    """What the runs of one variant came to: dataset -> metric -> one value a seed."""
 
-    figures: Mapping[str, Mapping[str, list[float]]]
+    metrics: Mapping[str, Mapping[str, list[float]]]
     gaps: Mapping[int, list[float]]
     """Epoch -> for each seed: weighted F1 on training data less that on validation data."""
 
 
 def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None) -> Outcome:
-    """Train what is not trained yet, and collect its figures."""
-    figures: dict[str, dict[str, list[float]]] = {}
+    """Train what is not trained yet, and collect its metrics."""
+    metrics: dict[str, dict[str, list[float]]] = {}
     gaps: dict[int, list[float]] = {}
     for seed in range(recipe.seed, recipe.seed + seeds):
         run = folder / str(seed)
         described = _trained(replace(recipe, seed=seed), run, bfloat16)
-        kept = described["epochs"][described["kept"] - 1]
-        for name, found in (described.get("test") or kept["valid"]).items():
-            for figure in ("weighted_f1", "macro_f1"):
-                figures.setdefault(name, {}).setdefault(figure, []).append(found[figure])
+        best = described["epochs"][described["kept"] - 1]
+        for name, dataset_metrics in (described.get("test") or best["valid"]).items():
+            for metric in ("weighted_f1", "macro_f1"):
+                metrics.setdefault(name, {}).setdefault(metric, []).append(dataset_metrics[metric])
         for epoch in described["epochs"]:
             if "emotion" in epoch["losses"] and epoch["train"]:
                 both = (epoch["train"], epoch["valid"])
@@ -183,7 +183,7 @@ def run_variant(recipe: Recipe, folder: Path, seeds: int, bfloat16: bool | None)
                     for d in both
                 ]
                 gaps.setdefault(epoch["epoch"], []).append(means[0] - means[1])
-    return Outcome(figures, gaps)
+    return Outcome(metrics, gaps)
 
 
 def _trained(recipe: Recipe, run: Path, bfloat16: bool | None) -> Mapping[str, Any]:
@@ -218,7 +218,7 @@ def _say(text: str) -> None:
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As `train fit` has it."
 )
 @click.option(
-    "--variant", "only", multiple=True, metavar="NAME", help="Only this variant; repeatable."
+    "--variant", "selected", multiple=True, metavar="NAME", help="Only this variant; repeatable."
 )
 @click.option("--bf16/--no-bf16", default=None)
 def main(
@@ -230,7 +230,7 @@ def main(
     epochs: int | None,
     fraction: float | None,
     settings: tuple[str, ...],
-    only: tuple[str, ...],
+    selected: tuple[str, ...],
     bf16: bool | None,
 ) -> None:
     """Run the study NAME on the recipe in RECIPE_FILE."""
@@ -241,14 +241,20 @@ def main(
         if "emotion" not in recipe.tasks:
             raise UsageError("a study compares emotions: have them among the recipe's tasks")
         variants = STUDIES[name](recipe)
-        for variant in only:
+        for variant in selected:
             if variant not in variants:
-                known = ", ".join(map(repr, variants))
-                raise UsageError(f"{name} has no variant {variant!r}: choose from {known}")
-        variants = {v: one for v, one in variants.items() if not only or v in only}
+                names = ", ".join(map(repr, variants))
+                raise UsageError(f"{name} has no variant {variant!r}: choose from {names}")
+        variants = {
+            v: variant_recipe
+            for v, variant_recipe in variants.items()
+            if not selected or v in selected
+        }
         outcomes = {
-            variant: run_variant(one, output / name / variant.replace("/", "-"), seeds, bf16)
-            for variant, one in variants.items()
+            variant: run_variant(
+                variant_recipe, output / name / variant.replace("/", "-"), seeds, bf16
+            )
+            for variant, variant_recipe in variants.items()
         }
     _print(name, recipe, outcomes)
     click.echo(json.dumps({"study": name, "seeds": seeds, "variants": _plain(outcomes)}))
@@ -256,16 +262,20 @@ def main(
 
 def _print(name: str, recipe: Recipe, outcomes: Mapping[str, Outcome]) -> None:
     where = "test" if recipe.test else "validation"
-    datasets = list(dict.fromkeys(d for o in outcomes.values() for d in o.figures))
+    datasets = list(dict.fromkeys(d for o in outcomes.values() for d in o.metrics))
     table = Table("variant", title=f"{name}: weighted / macro F1 in % on {where} data")
     for dataset in datasets:
         table.add_column(dataset)
     for variant, outcome in outcomes.items():
         cells = []
         for dataset in datasets:
-            found = outcome.figures.get(dataset)
-            figures = () if found is None else (found["weighted_f1"], found["macro_f1"])
-            cells.append(" / ".join(_spread(values) for values in figures))
+            dataset_metrics = outcome.metrics.get(dataset)
+            metrics = (
+                ()
+                if dataset_metrics is None
+                else (dataset_metrics["weighted_f1"], dataset_metrics["macro_f1"])
+            )
+            cells.append(" / ".join(_format_spread(values) for values in metrics))
         table.add_row(variant, *cells)
     console = Console()
     console.print(table)
@@ -276,11 +286,11 @@ def _print(name: str, recipe: Recipe, outcomes: Mapping[str, Outcome]) -> None:
         for epoch in epochs:
             table.add_column(f"epoch {epoch}")
         for variant, gaps in gapped.items():
-            table.add_row(variant, *(_spread(gaps[e]) if e in gaps else "" for e in epochs))
+            table.add_row(variant, *(_format_spread(gaps[e]) if e in gaps else "" for e in epochs))
         console.print(table)
 
 
-def _spread(values: list[float]) -> str:
+def _format_spread(values: list[float]) -> str:
     """Mean and standard deviation, in per cent."""
     mean = f"{100 * statistics.mean(values):.2f}"
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
@@ -288,7 +298,7 @@ def _spread(values: list[float]) -> str:
 
 def _plain(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     return {
-        variant: {"figures": outcome.figures, "gaps": outcome.gaps}
+        variant: {"figures": outcome.metrics, "gaps": outcome.gaps}
         for variant, outcome in outcomes.items()
     }
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks import forms
 from benchmarks.lib.engines import BASELINE, KINDS, EngineProcess
-from benchmarks.lib.plan import Plan, Round, plan
+from benchmarks.lib.plan import Plan, Round, make_plan
 from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
 from ercbatch.bundle import manifest as files
@@ -54,7 +54,7 @@ _COLUMNS = {
     "agreement": "agreement",
     "largest_difference": "differs by",
 }
-"""Figure -> its heading."""
+"""Metric -> its heading."""
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 """Engine -> its answer in each round."""
 
@@ -79,30 +79,30 @@ class Trial:
         Raises:
             UsageError: there are fewer.
         """
-        found = sorted(os.sched_getaffinity(0))
-        if len(found) < self.threads:
-            raise UsageError(f"{self.threads} threads on {len(found)} processors: name fewer")
-        return found[-self.threads :]
+        available = sorted(os.sched_getaffinity(0))
+        if len(available) < self.threads:
+            raise UsageError(f"{self.threads} threads on {len(available)} processors: name fewer")
+        return available[-self.threads :]
 
 
 def export(trial: Trial, checkpoint: Path, failed: dict[str, str]) -> dict[str, Path]:
     """A bundle of each form that is needed; an engine that lacks its own goes into `failed`."""
     folder = trial.work / f"bundles-{trial.template}-{trial.demonstrations}"
     folder.mkdir(exist_ok=True)
-    recipe = forms.Trial(folder, _CHAT, trial.template, trial.threads, trial.rounds)
-    shown: list[str] = []
+    forms_trial = forms.Trial(folder, _CHAT, trial.template, trial.threads, trial.rounds)
+    options: list[str] = []
     if trial.demonstrations:
         bank = find_bundle("mini") / TEXTS
-        shown = ["--encoder", "mini", "--examples", str(bank)]
-        shown += ["--demos", str(trial.demonstrations)]
+        options = ["--encoder", "mini", "--examples", str(bank)]
+        options += ["--demos", str(trial.demonstrations)]
     ours = [name for name in trial.engines if KINDS[name].ours]
     bundles: dict[str, Path] = {}
     for form in dict.fromkeys([KINDS[name].weights for name in ours] or ["fp32"]):
-        bundle = recipe.bundle(form)
+        bundle = forms_trial.bundle(form)
         try:
             if not (trial.reuse and bundle.exists()):
                 _say(f"exporting {form}")
-                forms.export(recipe, checkpoint, form, shown)
+                forms.export(forms_trial, checkpoint, form, options)
             bundles[form] = bundle
         except RuntimeError as error:
             failed |= {name: str(error) for name in ours if KINDS[name].weights == form}
@@ -139,65 +139,68 @@ def open_engines(
 
 
 def ask(
-    opened: Mapping[str, EngineProcess], given: Sequence[Round], failed: dict[str, str]
+    opened: Mapping[str, EngineProcess], rounds: Sequence[Round], failed: dict[str, str]
 ) -> Answers:
     """What the engines answer in turns; one that fails goes into `failed`."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in opened}
-    for number, one in enumerate(given, start=1):
-        for name in list(found):
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in opened}
+    for number, round_ in enumerate(rounds, start=1):
+        for name in list(answers):
             try:
-                found[name].append(opened[name].ask(one.request))
+                answers[name].append(opened[name].ask(round_.request))
             except RuntimeError as error:
                 failed[name] = str(error)
-                del found[name]
-        _say(f"round {number} of {len(given)}")
+                del answers[name]
+        _say(f"round {number} of {len(rounds)}")
     for process in opened.values():
         process.close()
-    return found
+    return answers
 
 
-def compare(asked: Plan, found: Answers) -> dict[str, dict[str, Any]]:
-    """The figures of each engine."""
-    given = asked.rounds
+def compare(plan: Plan, answers: Answers) -> dict[str, dict[str, Any]]:
+    """The metrics of each engine."""
+    rounds = plan.rounds
     speeds = {
-        name: [one.utterances / a["seconds"] for one, a in zip(given, own, strict=True)]
-        for name, own in found.items()
+        name: [
+            round_.utterances / a["seconds"]
+            for round_, a in zip(rounds, engine_answers, strict=True)
+        ]
+        for name, engine_answers in answers.items()
     }
-    middle = {name: statistics.median(own) for name, own in speeds.items()}
+    medians = {name: statistics.median(by_round) for name, by_round in speeds.items()}
 
     def ratio(name: str, other: str) -> float:
         pairs = zip(speeds[name], speeds[other], strict=True)
         return round(float(statistics.median(a / b for a, b in pairs)), 2)
 
     compared: dict[str, dict[str, Any]] = {}
-    for name, own in found.items():
+    for name, engine_answers in answers.items():
         kind = KINDS[name]
-        figures: dict[str, Any] = {"per_second": round(middle[name], 2)}
-        figures["per_second_by_round"] = [round(speed, 2) for speed in speeds[name]]
-        if BASELINE in found:
-            figures["of_baseline"] = ratio(name, BASELINE)
-            figures |= agreement(asked, name, own, found[BASELINE])
+        metrics: dict[str, Any] = {"per_second": round(medians[name], 2)}
+        metrics["per_second_by_round"] = [round(speed, 2) for speed in speeds[name]]
+        if BASELINE in answers:
+            metrics["of_baseline"] = ratio(name, BASELINE)
+            metrics |= agreement(plan, name, engine_answers, answers[BASELINE])
         if kind.ours:
-            peers = sorted((p for p in middle if not KINDS[p].ours), key=lambda p: -middle[p])
-            alike = [peer for peer in peers if KINDS[peer].bits == kind.bits]
-            for figure, best in (("best_peer", peers[:1]), ("best_alike", alike[:1])):
+            peers = sorted((p for p in medians if not KINDS[p].ours), key=lambda p: -medians[p])
+            same_bits = [peer for peer in peers if KINDS[peer].bits == kind.bits]
+            for metric, best in (("best_peer", peers[:1]), ("best_alike", same_bits[:1])):
                 for peer in best:
-                    figures |= {figure: peer, f"of_{figure}": ratio(name, peer)}
-        if "token_seconds" in own[0]:
-            rates = [Rate(a["token_seconds"], a["read_seconds"]) for a in own]
+                    metrics |= {metric: peer, f"of_{metric}": ratio(name, peer)}
+        if "token_seconds" in engine_answers[0]:
+            rates = [Rate(a["token_seconds"], a["read_seconds"]) for a in engine_answers]
             shares = [
-                rate.seconds(one.needed) / a["seconds"]
-                for rate, one, a in zip(rates, given, own, strict=True)
+                rate.seconds(round_.needed) / a["seconds"]
+                for rate, round_, a in zip(rates, rounds, engine_answers, strict=True)
             ]
-            figures["of_limit"] = round(statistics.median(shares), 3)
-        compared[name] = figures
+            metrics["of_limit"] = round(statistics.median(shares), 3)
+        compared[name] = metrics
     return compared
 
 
 def agreement(
-    asked: Plan,
+    plan: Plan,
     name: str,
-    own: Sequence[Mapping[str, Any]],
+    engine_answers: Sequence[Mapping[str, Any]],
     baseline: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
     """Share of answers equal to those of transformers, and largest difference in probability.
@@ -205,11 +208,11 @@ def agreement(
     The difference is of our own probabilities alone, to the six places that are written.
     """
     if not KINDS[name].ours:
-        pairs = [p for a, b in zip(own, baseline, strict=True) for p in _pairs(a, b)]
+        pairs = [p for a, b in zip(engine_answers, baseline, strict=True) for p in _pairs(a, b)]
         return {"agreement": round(sum(x == y for x, y in pairs) / len(pairs), 5)}
     logits = [row for answer in baseline for row in answer["logits"]]
-    expected = np.exp([asked.trie.log_probabilities([row]) for row in logits])
-    rows = np.array([row for a in own for row in a["rows"]])
+    expected = np.exp([plan.trie.log_probabilities([row]) for row in logits])
+    rows = np.array([row for a in engine_answers for row in a["rows"]])
     return {
         "agreement": round(float((rows.argmax(-1) == expected.argmax(-1)).mean()), 5),
         "largest_difference": round(float(np.abs(rows - expected).max()), 6),
@@ -220,8 +223,8 @@ def _pairs(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[i
     return zip(one["tokens"], other["tokens"], strict=True)
 
 
-def measure(trial: Trial, source: Path, most: int | None) -> dict[str, Any]:
-    """All figures; `failed` maps an engine to why it has none.
+def measure(trial: Trial, source: Path, limit: int | None) -> dict[str, Any]:
+    """All metrics; `failed` maps an engine to why it has none.
 
     Raises:
         ErcbatchError: the dialogues cannot be used.
@@ -236,15 +239,15 @@ def measure(trial: Trial, source: Path, most: int | None) -> dict[str, Any]:
     bundles = export(trial, checkpoint, failed)
     if not bundles:
         raise RuntimeError(f"no bundle, and so no prompts: {next(iter(failed.values()))}")
-    dialogues = [dialogue for _, dialogue in islice(read_dialogues(source), most)]
-    asked = plan(next(iter(bundles.values())), dialogues, trial.rounds)
-    opened = open_engines(trial, checkpoint, bundles, asked.first, failed)
-    found = ask(opened, asked.rounds, failed)
-    compared = compare(asked, found)
-    for name, figures in compared.items():
-        figures["versions"] = dict(opened[name].versions)
-    given = asked.rounds
-    count = sum(one.utterances for one in given)
+    dialogues = [dialogue for _, dialogue in islice(read_dialogues(source), limit)]
+    plan = make_plan(next(iter(bundles.values())), dialogues, trial.rounds)
+    opened = open_engines(trial, checkpoint, bundles, plan.first, failed)
+    answers = ask(opened, plan.rounds, failed)
+    compared = compare(plan, answers)
+    for name, metrics in compared.items():
+        metrics["versions"] = dict(opened[name].versions)
+    rounds = plan.rounds
+    count = sum(round_.utterances for round_ in rounds)
     return {
         "model": trial.model,
         "parameters": parameters,
@@ -255,10 +258,10 @@ def measure(trial: Trial, source: Path, most: int | None) -> dict[str, Any]:
         "rounds": trial.rounds,
         "dialogues": len(dialogues),
         "utterances": count,
-        "tokens_separate": round(sum(one.separate for one in given) / count, 1),
-        "tokens_computed": round(sum(one.computed for one in given) / count, 1),
-        "tokens_needed": round(sum(one.needed.tokens for one in given) / count, 1),
-        "different_tokens": len({t for a in found.get(BASELINE, ()) for t in a["tokens"]}),
+        "tokens_separate": round(sum(round_.separate for round_ in rounds) / count, 1),
+        "tokens_computed": round(sum(round_.computed for round_ in rounds) / count, 1),
+        "tokens_needed": round(sum(round_.needed.tokens for round_ in rounds) / count, 1),
+        "different_tokens": len({t for a in answers.get(BASELINE, ()) for t in a["tokens"]}),
         "engines": compared,
         "failed": failed,
     }

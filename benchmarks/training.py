@@ -53,8 +53,8 @@ def separate(step: Step) -> list[Step]:
         batch = collate([_chain(prompts[i]) for i in rows])
         ends_at = [j * batch.tokens.shape[1] + len(prompts[i]) - 1 for j, i in enumerate(rows)]
         batch = Batch(batch.tokens, batch.positions, batch.ends, torch.tensor(ends_at))
-        rest = (step.options, step.targets, step.weights, step.tasks)
-        part = Step(batch, *(tensor[torch.from_numpy(rows)] for tensor in rest))
+        fields = (step.options, step.targets, step.weights, step.tasks)
+        part = Step(batch, *(tensor[torch.from_numpy(rows)] for tensor in fields))
         steps.append(part.to(device))
     return steps
 
@@ -69,15 +69,15 @@ def step_loss(objective: Objective, step: Step, weights: torch.Tensor) -> float:
     """The step's loss from its batches, each counted as much as its questions count."""
     objective.eval()
     with torch.no_grad():
-        whole = float((objective(step) * weights).sum())
+        packed_loss = float((objective(step) * weights).sum())
         totals = torch.zeros(2, len(TASKS), device=weights.device)
         for part in separate(step):
-            counted = torch.stack(
+            task_weights = torch.stack(
                 [(part.weights * (part.tasks == i)).sum() for i in range(len(TASKS))]
             )
-            totals += torch.stack([objective(part) * counted, counted])
-    alone = float((totals[0] / totals[1].clamp(min=1e-9) * weights).sum())
-    return abs(whole - alone)
+            totals += torch.stack([objective(part) * task_weights, task_weights])
+    separate_loss = float((totals[0] / totals[1].clamp(min=1e-9) * weights).sum())
+    return abs(packed_loss - separate_loss)
 
 
 def train_on(
@@ -153,8 +153,8 @@ def measure(
     for part in (together[:1], apart[:1]):
         train_on(objective, optimizer, part, weights, accelerator)
     for _ in range(rounds):
-        for kind, own in (("packed", together), ("separate", apart)):
-            seconds[kind].append(train_on(objective, optimizer, own, weights, accelerator))
+        for kind, kind_steps in (("packed", together), ("separate", apart)):
+            seconds[kind].append(train_on(objective, optimizer, kind_steps, weights, accelerator))
     ratios = [s / p for s, p in zip(seconds["separate"], seconds["packed"], strict=True)]
     return {
         "utterances": count,

@@ -55,10 +55,10 @@ def kappa(labelled: Sequence[Pair], labels: LabelSet) -> float:
     return (same - chance) / (1 - chance)
 
 
-def repeated_phrases(found: Sequence[Record]) -> Counter[str]:
+def repeated_phrases(dialogues: Sequence[Record]) -> Counter[str]:
     """Phrases of five words that stand in several dialogues, and in how many."""
     counts: Counter[str] = Counter()
-    for record in found:
+    for record in dialogues:
         phrases = set()
         for turn in record["utterances"]:
             words = re.findall(r"[\w'’]+", turn["text"].lower())
@@ -80,13 +80,13 @@ class Row:
     kappa: float
 
 
-def row(name: str, setting: str, found: Sequence[Record]) -> Row:
+def row(name: str, setting: str, dialogues: Sequence[Record]) -> Row:
     """The figures of some dialogues."""
-    labelled = [pair for record in found for pair in pairs(record)]
+    labelled = [pair for record in dialogues for pair in pairs(record)]
     return Row(
         name,
         setting,
-        len(found),
+        len(dialogues),
         len(labelled),
         sum(first == "neutral" for first, _ in labelled) / len(labelled),
         sum(first == second for first, second in labelled) / len(labelled),
@@ -98,27 +98,30 @@ def row(name: str, setting: str, found: Sequence[Record]) -> Row:
 @click.option("--phrases", default=10, show_default=True, help="Repeated phrases to print.")
 def main(phrases: int) -> None:
     """Print what is known of the written dialogues in train/data."""
-    rows, everything = [], []
+    rows, all_records = [], []
     for name in PARTS:
-        found = records(part(name))
-        everything += found
+        part_records = records(part(name))
+        all_records += part_records
         settings: dict[str, list[Record]] = {}
-        for record in found:
+        for record in part_records:
             settings.setdefault(record["setting"], []).append(record)
-        rows += [row(name, setting, own) for setting, own in sorted(settings.items())]
-        rows.append(row(name, "all", found))
-    total = row("all", "all", everything)
+        rows += [
+            row(name, setting, setting_records)
+            for setting, setting_records in sorted(settings.items())
+        ]
+        rows.append(row(name, "all", part_records))
+    total = row("all", "all", all_records)
     for r in (*rows, total):
         print(
             f"{r.part:9}{r.setting:13}{r.dialogues:6,} dialogues {r.utterances:7,} utterances  "
             f"neutral {r.neutral:4.0%}  agreement {r.agreement:6.1%}  kappa {r.kappa:.3f}"
         )
-    labelled = [pair for record in everything for pair in pairs(record)]
+    labelled = [pair for record in all_records for pair in pairs(record)]
     for label in LABELS.labels:
         first = sum(pair[0] == label for pair in labelled)
         both = sum(pair == (label, label) for pair in labelled)
         print(f"{label:9}{first:7,} utterances, {both / max(1, first):.0%} of them confirmed")
-    repeated = repeated_phrases(everything)
+    repeated = repeated_phrases(all_records)
     for phrase, count in repeated.most_common(phrases):
         print(f"{count:4} dialogues have: {phrase}")
     summary = {

@@ -186,7 +186,6 @@ def bundle(  # click passes a parameter for each option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option(
     "--valid",
-    "given",
     multiple=True,
     required=True,
     metavar="SET=FILE",
@@ -214,7 +213,7 @@ def bundle(  # click passes a parameter for each option
 def calibrate(  # click passes a parameter for each option
     bundle_name: str,
     output: Path,
-    given: tuple[str, ...],
+    valid: tuple[str, ...],
     measure: tuple[str, ...],
     label_shift: bool,
     name: str | None,
@@ -228,16 +227,16 @@ def calibrate(  # click passes a parameter for each option
     from export.recalibrate import CalibrateOptions, recalibrate
 
     options = CalibrateOptions(
-        fitted=tuple(_labelled("--valid", text) for text in given),
-        only_measured=tuple(_labelled("--measure", text) for text in measure),
+        fitted=tuple(_parse_labelled_file("--valid", text) for text in valid),
+        only_measured=tuple(_parse_labelled_file("--measure", text) for text in measure),
         label_shift=label_shift,
         name=name,
         turns=turns,
         stride=stride,
     )
     with errors(), stoppable():
-        opened = open_bundle(find_bundle(bundle_name))
-        info = recalibrate(opened, output, options, force=force)
+        source = open_bundle(find_bundle(bundle_name))
+        info = recalibrate(source, output, options, force=force)
     click.echo(summary(info, output, {labels for labels, _ in options.measured}))
     for labels in dict.fromkeys(labels for labels, _ in options.fitted):
         if label_shift and labels not in info.label_offsets:
@@ -265,7 +264,7 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
 
 
-def _labelled(option: str, text: str) -> tuple[str, Path]:
+def _parse_labelled_file(option: str, text: str) -> tuple[str, Path]:
     """The label set and the file of an option's SET=FILE."""
     labels, equals, path = text.partition("=")
     if not equals:

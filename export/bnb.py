@@ -37,13 +37,13 @@ def write_bnb(model: PackedModel, folder: Path, form: str) -> list[Path]:
     """
     inner = model.model
     matrices = quantizable(inner)
-    left = sorted(
+    skipped = sorted(
         name
         for name, module in matrices.items()
         # A block of NF4 that begins in one row and ends in the next is more than kernels promise.
         if form == "nf4" and shape_of(module)[1] % NF4_BLOCK
     )
-    if len(left) == len(matrices):
+    if len(skipped) == len(matrices):
         raise UsageError(
             f"no matrix of this model has a width that is a multiple of {NF4_BLOCK}, as {form} "
             "needs: take --quantize bnb-int8"
@@ -51,10 +51,10 @@ def write_bnb(model: PackedModel, folder: Path, form: str) -> list[Path]:
     tensors: dict[str, Tensor] = {}
     for key, tensor in inner.state_dict().items():
         name, _, kind = key.rpartition(".")
-        if kind != "weight" or name not in matrices or name in left:
-            tensors[key] = _kept(tensor)
+        if kind != "weight" or name not in matrices or name in skipped:
+            tensors[key] = _to_stored_dtype(tensor)
             continue
-        weight = _oriented(matrices[name], tensor).contiguous()
+        weight = _orient(matrices[name], tensor).contiguous()
         if form == "nf4":
             tensors[key], state = bnb.functional.quantize_4bit(
                 weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
@@ -65,17 +65,17 @@ def write_bnb(model: PackedModel, folder: Path, form: str) -> list[Path]:
             quantized = bnb.functional.int8_vectorwise_quant(weight.half())
             tensors[key], tensors[f"{name}.{INT8_SCALES}"], _ = quantized
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    config = json.dumps(_config(inner, form, left), indent=2, sort_keys=True)
+    config = json.dumps(_config(inner, form, skipped), indent=2, sort_keys=True)
     (folder / files.CONFIG).write_text(config + "\n", encoding="utf-8")
     return sorted(folder.glob(files.WEIGHTS))
 
 
-def _oriented(module: Any, weight: Tensor) -> Tensor:
+def _orient(module: Any, weight: Tensor) -> Tensor:
     """A weight as [outputs, inputs]."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _to_stored_dtype(tensor: Tensor) -> Tensor:
     """A tensor that is not quantized, in the type that is stored.
 
     Tables are stored in bfloat16: they are most of a small model's file, and bfloat16 rounds far
@@ -84,7 +84,7 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
 
-def _config(model: Any, form: str, left: list[str]) -> dict[str, Any]:
+def _config(model: Any, form: str, skipped: list[str]) -> dict[str, Any]:
     """The model's `config.json`, without what is of this machine."""
     if form == "nf4":
         settings = BitsAndBytesConfig(
@@ -92,7 +92,7 @@ def _config(model: Any, form: str, left: list[str]) -> dict[str, Any]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=left or None,
+            llm_int8_skip_modules=skipped or None,
         )
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)

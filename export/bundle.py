@@ -48,11 +48,11 @@ _NO_DATA = "train with [[valid]] data, or give --accept-loss and run `export cal
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """Loads what is exported, and knows what is `read` for it."""
+    """Loads what is exported, and knows the `inputs` that are read for it."""
 
     load: Callable[[bool, str | None], TrainedRun]
     attention: str
-    read: tuple[Path, ...]
+    inputs: tuple[Path, ...]
 
     def __call__(self, *, merged: bool) -> TrainedRun:
         """`merged`, with attention in the form that is traced; or as it was trained."""
@@ -90,7 +90,7 @@ def run_loader(
     """
     if data is None:
         folder = Path(source)
-        checkpoint, *others = run_files(folder)
+        checkpoint, *data_files = run_files(folder)
 
         def load(merged: bool, attention: str | None) -> TrainedRun:
             return load_run(
@@ -99,16 +99,16 @@ def run_loader(
 
     else:
         template(wording)  # see that there is such a one
-        checkpoint, others = source, [str(data)]
-        given = Source(str(data), labels or "")
+        checkpoint, data_files = source, [str(data)]
+        data_source = Source(str(data), labels or "")
 
         def load(merged: bool, attention: str | None) -> TrainedRun:  # noqa: ARG001
-            return untrained_run(source, given, wording, attention=attention, dtype=dtype)
+            return untrained_run(source, data_source, wording, attention=attention, dtype=dtype)
 
     with unreadable(source):
         dtype = fitting_dtype(checkpoint)
         attention = traced_attention(checkpoint)
-    return Loader(load, attention, tuple(map(Path, (source, checkpoint, *others))))
+    return Loader(load, attention, tuple(map(Path, (source, checkpoint, *data_files))))
 
 
 def export_bundle(
@@ -152,8 +152,8 @@ def export_bundle(
         say(f"merging it, and writing it as {options.form}")
         info, head = _write_merged(load, questions, options, part, checkpoint, retriever)
         gc.collect()
-        listed = [path.name for path in part.iterdir()]
-        scorer = open_model(part, options.form, head, available_threads(), listed)
+        file_names = [path.name for path in part.iterdir()]
+        scorer = open_model(part, options.form, head, available_threads(), file_names)
         info = _prove(info, original, measure(questions, scorer, say), options)
         if retriever is not None:
             info = _with_demonstrations(info, questions, scorer, retriever)
@@ -161,19 +161,21 @@ def export_bundle(
         return info
 
     with ExitStack() as stack:
-        whole = None
+        checkpoint_part = None
         if checkpoint is not None:
-            whole = stack.enter_context(whole_folder(checkpoint, files.CONFIG, force=force))
-        return write_bundle(folder, lambda part: fill(part, whole), force=force)
+            checkpoint_part = stack.enter_context(
+                whole_folder(checkpoint, files.CONFIG, force=force)
+            )
+        return write_bundle(folder, lambda part: fill(part, checkpoint_part), force=force)
 
 
 def _check_outputs(load: Loader, folder: Path, options: BundleOptions, *, force: bool) -> None:
     """Check that the bundle and the checkpoint can be written where they should be."""
     checkpoint = options.also_checkpoint
-    read = [p for p in (*load.read, options.encoder, options.examples) if p is not None]
-    check_output(folder, files.MANIFEST, force=force, inputs=read)
+    inputs = [p for p in (*load.inputs, options.encoder, options.examples) if p is not None]
+    check_output(folder, files.MANIFEST, force=force, inputs=inputs)
     if checkpoint is not None:
-        check_output(checkpoint, files.CONFIG, force=force, inputs=read)
+        check_output(checkpoint, files.CONFIG, force=force, inputs=inputs)
         if _one_in_the_other(folder.resolve(), checkpoint.resolve()):
             raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
 
@@ -222,9 +224,9 @@ def _write_bank(
 ) -> Retriever:
     for source, name in zip(encoder, (files.ENCODER, files.ENCODER_TOKENIZER), strict=True):
         shutil.copyfile(source, part / name)
-    opened = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
-    found = read_examples(examples, questions.label_sets[0])
-    retriever = Retriever(opened, build_bank(found, opened))
+    sentence_encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
+    demonstrations = read_examples(examples, questions.label_sets[0])
+    retriever = Retriever(sentence_encoder, build_bank(demonstrations, sentence_encoder))
     retriever.bank.save(part)
     return retriever
 
@@ -264,7 +266,7 @@ def _describe(
 def _prove(
     info: BundleInfo,
     original: Sequence[Measurement],
-    found: Sequence[Measurement],
+    measurements: Sequence[Measurement],
     options: BundleOptions,
 ) -> BundleInfo:
     """Add the metrics to the description.
@@ -272,22 +274,22 @@ def _prove(
     Raises:
         LossError: the bundle falls short by more than the limits, and that is not accepted.
     """
-    quality = tuple(map(compare, found, original))
-    lost = [] if found else [UNMEASURED]
-    for each in quality:
-        lost += losses(each, options.limits)
-    if lost and not options.accept_loss:
+    quality = tuple(map(compare, measurements, original))
+    shortfalls = [] if measurements else [UNMEASURED]
+    for dataset_quality in quality:
+        shortfalls += losses(dataset_quality, options.limits)
+    if shortfalls and not options.accept_loss:
         raise LossError(
             "nothing is written, for the bundle cannot be vouched for: "
-            f"{'; '.join(lost)}: {_OTHER_FORM if found else _NO_DATA}"
+            f"{'; '.join(shortfalls)}: {_OTHER_FORM if measurements else _NO_DATA}"
         )
-    calibration = calibrate_sets((m.label_set, m.predictions) for m in found)
+    calibration = calibrate_sets((m.label_set, m.predictions) for m in measurements)
     return replace(
         info,
         quality=quality,
-        accepted_loss=tuple(lost),
-        calibration={labels: fitted.metrics for labels, fitted in calibration.items()},
-        temperatures={k: fitted.scaling.temperature for k, fitted in calibration.items()},
+        accepted_loss=tuple(shortfalls),
+        calibration={labels: calibrated.metrics for labels, calibrated in calibration.items()},
+        temperatures={k: calibrated.scaling.temperature for k, calibrated in calibration.items()},
     )
 
 
@@ -300,8 +302,8 @@ def _with_demonstrations(
         for _, dataset in questions.held_out
     ]
     quality = [
-        replace(each, weighted_f1_with_demonstrations=score)
-        for each, score in zip(info.quality, scores, strict=True)
+        replace(dataset_quality, weighted_f1_with_demonstrations=score)
+        for dataset_quality, score in zip(info.quality, scores, strict=True)
     ]
     return replace(info, quality=tuple(quality))
 
@@ -313,12 +315,12 @@ def _architecture(model: PackedModel) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in (*left_out, "quantization_config")}
 
 
-def summary(info: BundleInfo, folder: Path, only: Collection[str] | None = None) -> str:
+def summary(info: BundleInfo, folder: Path, label_sets: Collection[str] | None = None) -> str:
     """What was written and measured, for people; of all label sets, or of some."""
     size = sum(digest.size for digest in info.files.values()) / 1e6
     lines = [f"{folder}: {info.form}, {size:,.1f} MB"]
     for quality in info.quality:
-        if only is not None and quality.label_set not in only:
+        if label_sets is not None and quality.label_set not in label_sets:
             continue
         line = f"{quality.title}: weighted F1 {quality.weighted_f1:.2%}"
         if quality.weighted_f1_original is not None:
@@ -329,12 +331,12 @@ def summary(info: BundleInfo, folder: Path, only: Collection[str] | None = None)
                 "as it is in torch here"
             )
         lines.append(line)
-    for name, fitted in info.calibration.items():
-        if only is None or name in only:
+    for name, calibration in info.calibration.items():
+        if label_sets is None or name in label_sets:
             lines.append(
-                f"{name}: calibration error {fitted.error_after} with a temperature of "
-                f"{fitted.temperature} ({fitted.error_before} without; chance alone gives "
-                f"{fitted.error_if_perfect})"
+                f"{name}: calibration error {calibration.error_after} with a temperature of "
+                f"{calibration.temperature} ({calibration.error_before} without; chance alone "
+                f"gives {calibration.error_if_perfect})"
             )
     lines += [f"warning: accepted loss: {loss}" for loss in info.accepted_loss]
     return "\n".join(lines)

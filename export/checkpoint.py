@@ -33,12 +33,12 @@ from ercbatch.scoring.torch_scorer import TorchScorer
 from export.graph.nodes import TRANSPOSED, Array
 from export.quantize.int8 import stored_weights
 
-_CLOSE = 0.99
+_MIN_COSINE = 0.99
 """Least cosine of the states that graph and checkpoint give: rounding moves them a little."""
-_SAID = ("Where were you?", "On the train, asleep. I woke up at the sea!", "Oh no.")
-_INNER = "model."
+_SAMPLE_TEXTS = ("Where were you?", "On the train, asleep. I woke up at the sea!", "Oh no.")
+_MODULE_PREFIX = "model."
 """What the exported module calls the model inside it."""
-_READ = ("fp32", "int8")
+_READABLE_FORMS = ("fp32", "int8")
 """Forms whose weights can be read back."""
 
 
@@ -55,20 +55,20 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
     if not config:
         raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
     refuse_code(str(bundle.folder / files.MANIFEST), config)
-    if bundle.info.form not in _READ:
+    if bundle.info.form not in _READABLE_FORMS:
         raise BundleError(
             f"{bundle.folder}: is {bundle.info.form}; a checkpoint can be made of "
-            f"{' and '.join(_READ)} bundles: export the run with --also-checkpoint, or train from "
-            "its base"
+            f"{' and '.join(_READABLE_FORMS)} bundles: export the run with --also-checkpoint, "
+            "or train from its base"
         )
     labeler = Labeler(bundle)
     draw_no_bars()
     try:
         graph = onnx.load(bundle.path(files.MODEL))
         with torch.device("meta"):  # no memory for more than the graph has
-            found = find_parameters(_model(config), graph)
+            parameters = find_parameters(_model(config), graph)
         model = _model(config)
-        fill(model, found, labeler.engine.scorer.head)
+        fill(model, parameters, labeler.engine.scorer.head)
         packed = PackedModel(model)
         _compare(packed, labeler)
         tokenizer = _tokenizer(bundle)
@@ -102,24 +102,24 @@ def find_parameters(model: Any, graph: ModelProto) -> dict[str, Array]:
         # What isn't an answer has no row in the bundle, and labels of one's own would need it.
         raise ValueError("its output embedding is not its input embedding")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    turned = [name for name in constants if name.endswith(TRANSPOSED)]
-    constants.update({name.removesuffix(TRANSPOSED): constants[name].T for name in turned})
+    transposed = [name for name in constants if name.endswith(TRANSPOSED)]
+    constants.update({name.removesuffix(TRANSPOSED): constants[name].T for name in transposed})
     tables, products = stored_weights(graph)
-    found = {**constants, **tables}
+    parameters = {**constants, **tables}
     modules = dict(model.named_modules())
     for name, weight in products.items():
-        module = modules.get(name.removeprefix(_INNER).rpartition(".")[0])
-        found[name] = weight.T if isinstance(module, nn.Linear) else weight
-    found = {name.removeprefix(_INNER): value for name, value in found.items()}
+        module = modules.get(name.removeprefix(_MODULE_PREFIX).rpartition(".")[0])
+        parameters[name] = weight.T if isinstance(module, nn.Linear) else weight
+    parameters = {name.removeprefix(_MODULE_PREFIX): value for name, value in parameters.items()}
     for name, parameter in model.named_parameters():
         if parameter is output.bias:
             continue
-        if name not in found or found[name].shape != tuple(parameter.shape):
+        if name not in parameters or parameters[name].shape != tuple(parameter.shape):
             raise ValueError(f"{name} is not in its graph")
-    return found
+    return parameters
 
 
-def fill(model: Any, found: Mapping[str, Array], head: AnswerHead) -> None:
+def fill(model: Any, parameters: Mapping[str, Array], head: AnswerHead) -> None:
     """Put what `find_parameters` found, and the rows of the answers, into a model."""
     output = model.get_output_embeddings()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def fill(model: Any, found: Mapping[str, Array], head: AnswerHead) -> None:
             if parameter is output.bias:
                 parameter.zero_()
             else:
-                parameter.copy_(torch.from_numpy(np.array(found[name])))
+                parameter.copy_(torch.from_numpy(np.array(parameters[name])))
         rows = torch.from_numpy(head.tokens)
         output.weight[rows] = torch.from_numpy(head.weight)
         if output.bias is not None:
@@ -140,8 +140,10 @@ def _compare(model: PackedModel, labeler: Labeler) -> None:
     Raises:
         ValueError: it doesn't.
     """
-    dialogue = Dialogue(tuple(Utterance(text, str(i % 2)) for i, text in enumerate(_SAID)), {})
-    questions = [Question(Task.EMOTION, t) for t in range(len(_SAID))]
+    dialogue = Dialogue(
+        tuple(Utterance(text, str(i % 2)) for i, text in enumerate(_SAMPLE_TEXTS)), {}
+    )
+    questions = [Question(Task.EMOTION, t) for t in range(len(_SAMPLE_TEXTS))]
     pack = join([(0, tree) for tree in labeler.engine.renderer.trees(dialogue, questions)])
     rows = labeler.engine.scorer.head.tokens.tolist()
     scorer = labeler.engine.scorer
@@ -149,9 +151,9 @@ def _compare(model: PackedModel, labeler: Labeler) -> None:
     expected = scorer.states(pack)
     states = TorchScorer(model, rows).states(pack)
     norms = np.linalg.norm(states, axis=1) * np.linalg.norm(expected, axis=1)
-    worst = float(((states * expected).sum(1) / norms).min())
-    if not worst >= _CLOSE:
-        raise ValueError(f"it does not compute the same (cosine {worst:.2f})")
+    lowest_cosine = float(((states * expected).sum(1) / norms).min())
+    if not lowest_cosine >= _MIN_COSINE:
+        raise ValueError(f"it does not compute the same (cosine {lowest_cosine:.2f})")
 
 
 def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
@@ -163,10 +165,10 @@ def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
     controls = bundle.info.controls
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path(files.TOKENIZER)))
     backend = tokenizer.backend_tokenizer
-    named = {"bos_token": controls.start, "mask_token": controls.answer}
+    token_ids = {"bos_token": controls.start, "mask_token": controls.answer}
     if control_tokens(backend, {}).separator != controls.separator:
-        named["sep_token"] = controls.separator
-    texts = {n: backend.id_to_token(ids[0]) or "" for n, ids in named.items() if ids}
+        token_ids["sep_token"] = controls.separator
+    texts = {n: backend.id_to_token(ids[0]) or "" for n, ids in token_ids.items() if ids}
     if control_tokens(backend, texts) != controls:
         raise BundleError(
             f"{bundle.folder}: its tokenizer lacks the control tokens of {files.MANIFEST}: train "

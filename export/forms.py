@@ -24,10 +24,10 @@ from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 from export.standard import export_standard, import_optimum
 from train.run import TrainedRun
 
-_LARGE = 2_000_000_000
+_MAX_SAMPLED_PARAMETERS = 2_000_000_000
 """Parameters from which weights are rounded each for itself: a large model loses little by it, and
 to sample its activations takes a pass through all of it for every few layers."""
-_SAMPLED = 64
+_SAMPLE_DIALOGUES = 64
 """Training dialogues that show a smaller one's activations."""
 _PARAMETER_BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.625}
 
@@ -106,7 +106,7 @@ def write_graph(
     if form != "fp32":
         sum_softmax_in_double(graph)
     fuse_rotations(graph)
-    sampler = module_inputs(model, _runs(model, samples)) if samples else None
+    sampler = module_inputs(model, _sample_run(model, samples)) if samples else None
     if form == "int8":
         quantize_products(graph, weight_range=WEIGHT_RANGE[target], sampler=sampler)
         if target != SAFE_TARGET:
@@ -118,7 +118,7 @@ def write_graph(
     graph.save(folder / files.MODEL)
 
 
-def _runs(model: PackedModel, samples: Sequence[Pack]) -> Callable[[], None]:
+def _sample_run(model: PackedModel, samples: Sequence[Pack]) -> Callable[[], None]:
     device = next(model.parameters()).device
 
     def run() -> None:
@@ -130,4 +130,8 @@ def _runs(model: PackedModel, samples: Sequence[Pack]) -> Callable[[], None]:
 
 def sample_size(model: PackedModel) -> int:
     """How many dialogues should guide the rounding of a model's weights."""
-    return 0 if sum(p.numel() for p in model.model.parameters()) > _LARGE else _SAMPLED
+    return (
+        0
+        if sum(p.numel() for p in model.model.parameters()) > _MAX_SAMPLED_PARAMETERS
+        else _SAMPLE_DIALOGUES
+    )

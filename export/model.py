@@ -16,15 +16,17 @@ from export.graph.shapes import settle_shapes
 from export.graph.tiles import tile_attention
 from export.graph.trace import trace
 
-EXPORTED = "eager"
+EXPORTED_ATTENTION = "eager"
 """The form of attention that is traced. GPT-2's eager one has a table of its own, as long as its
 positions: it is traced as torch's fused attention."""
-_FUSED = ("gpt2",)
+_FUSED_ATTENTION = ("gpt2",)
 
 
 def traced_attention(source: str) -> str:
     """The form of attention in which a checkpoint is traced."""
-    return "sdpa" if check_config(source).get("model_type") in _FUSED else EXPORTED
+    return (
+        "sdpa" if check_config(source).get("model_type") in _FUSED_ATTENTION else EXPORTED_ATTENTION
+    )
 
 
 def trace_scorer(model: PackedModel, data: Path | None = None) -> Graph:

@@ -71,8 +71,8 @@ def recalibrate(
         UsageError: the bundle has no such label set, a window out of range, or `folder` exists.
         OutputError: it cannot be written.
     """
-    read = [bundle.folder, *(path for _, path in options.measured)]
-    check_output(folder, files.MANIFEST, force=force, inputs=read)
+    inputs = [bundle.folder, *(path for _, path in options.measured)]
+    check_output(folder, files.MANIFEST, force=force, inputs=inputs)
     old = bundle.info.window
     window = replace(
         old,
@@ -111,23 +111,23 @@ def _calibrated(bundle: Bundle, options: CalibrateOptions, *, keep_metrics: bool
     count = len(options.fitted)
     calibration = calibrate_sets(predicted[:count], label_shift=options.label_shift)
     offsets = {k: v for k, v in old.label_offsets.items() if k not in calibration}
-    for labels, fitted in calibration.items():
-        if fitted.scaling.offsets:
+    for labels, calibrated in calibration.items():
+        if calibrated.scaling.offsets:
             names = old.label_set(labels).labels
-            offsets[labels] = dict(zip(names, fitted.scaling.offsets, strict=True))
-    temperatures = {k: fitted.scaling.temperature for k, fitted in calibration.items()}
+            offsets[labels] = dict(zip(names, calibrated.scaling.offsets, strict=True))
+    temperatures = {k: calibrated.scaling.temperature for k, calibrated in calibration.items()}
     info = replace(old, temperatures={**old.temperatures, **temperatures}, label_offsets=offsets)
     quality = _quality(replace(bundle, info=info), engines, datasets, predicted, calibration)
-    kept = tuple(q for q in old.quality if keep_metrics and q.label_set not in calibration)
-    lost = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in old.accepted_loss)
+    kept_quality = tuple(q for q in old.quality if keep_metrics and q.label_set not in calibration)
+    accepted_loss = tuple(UNCOMPARED if loss == UNMEASURED else loss for loss in old.accepted_loss)
     return replace(
         info,
         name=options.name or old.name,
-        accepted_loss=lost,
-        quality=(*kept, *quality),
+        accepted_loss=accepted_loss,
+        quality=(*kept_quality, *quality),
         calibration={
             **(old.calibration if keep_metrics else {}),
-            **{labels: fitted.metrics for labels, fitted in calibration.items()},
+            **{labels: calibrated.metrics for labels, calibrated in calibration.items()},
         },
     )
 
@@ -147,28 +147,33 @@ def _quality(
     info, retriever = bundle.info, None
     if files.ENCODER in info.files:
         retriever = open_retriever(bundle, available_threads())
-    fitted = {labels: deque(found.predictions) for labels, found in calibration.items()}
+    calibrated_predictions = {
+        labels: deque(calibrated.predictions) for labels, calibrated in calibration.items()
+    }
     quality = []
     for name, dataset, (labels, raw) in zip(file_names(datasets), datasets, predicted, strict=True):
         offsets = info.offsets(dataset.labels)
         scaling = Scaling(info.temperatures.get(labels, 1.0), offsets)
-        weight, found = 0.0, scaled(raw, scaling)
-        if fitted.get(labels):  # those that were calibrated on come first
-            weight, found = 1 / len(calibration[labels].predictions), fitted[labels].popleft()
-        shown = None
+        weight, predictions = 0.0, scaled(raw, scaling)
+        if calibrated_predictions.get(labels):  # those that were calibrated on come first
+            weight, predictions = (
+                1 / len(calibration[labels].predictions),
+                calibrated_predictions[labels].popleft(),
+            )
+        demonstrations_f1 = None
         if retriever is not None:
             engine = replace(engines[labels], temperature=scaling.temperature, offsets=offsets)
-            shown = with_demonstrations(engine, dataset, retriever)
-        metrics = {**found.figures(), "log_loss": raw.figures()["log_loss"]}
+            demonstrations_f1 = with_demonstrations(engine, dataset, retriever)
+        metrics = {**predictions.metrics(), "log_loss": raw.metrics()["log_loss"]}
         quality.append(
             Quality(
                 labels,
                 name,
-                len(found.gold),
+                len(predictions.gold),
                 **metrics,
-                calibration_error=calibration_error(found),
+                calibration_error=calibration_error(predictions),
                 calibration_weight=weight,
-                weighted_f1_with_demonstrations=shown,
+                weighted_f1_with_demonstrations=demonstrations_f1,
             )
         )
     return quality

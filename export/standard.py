@@ -65,21 +65,23 @@ def export_standard(checkpoint: Path, folder: Path) -> None:
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
         raise UsageError(f"{checkpoint}: has no {_WEIGHTS[0]}: save the model as safetensors")
     try:
-        known = tasks.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+        supported_tasks = tasks.get_supported_tasks_for_model_type(
+            kind, "onnx", library_name="transformers"
+        )
     except KeyError:
-        known = {}
-    if _TASK not in known:
+        supported_tasks = {}
+    if _TASK not in supported_tasks:
         raise UsageError(
             f"optimum exports no {kind} model for {_TASK}: choose --quantize fp32 or int8, which "
             "this project exports itself"
         )
-    with TemporaryDirectory(dir=folder) as made, warnings.catch_warnings():
+    with TemporaryDirectory(dir=folder) as exported, warnings.catch_warnings():
         # torch's exporter says that it is deprecated, and that shape checks become constants.
         warnings.simplefilter("ignore")
         try:
             main_export(
                 str(checkpoint),
-                made,
+                exported,
                 task=_TASK,
                 device="cpu",
                 dtype="fp32",
@@ -94,9 +96,9 @@ def export_standard(checkpoint: Path, folder: Path) -> None:
                 f"{checkpoint}: optimum cannot export this {kind} model ({error}): choose "
                 "--quantize fp32 or int8"
             ) from error
-        settings = [path for name in _SETTINGS if (path := Path(made, name)).exists()]
+        settings = [path for name in _SETTINGS if (path := Path(exported, name)).exists()]
         for path in settings:
             text = path.read_text(encoding="utf-8")
             refuse_code(f"{checkpoint}: {path.name}", json.loads(text))
-        for path in (*settings, *Path(made).glob(f"{files.MODEL}*")):
+        for path in (*settings, *Path(exported).glob(f"{files.MODEL}*")):
             path.rename(folder / path.name)

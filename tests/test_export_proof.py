@@ -55,8 +55,8 @@ def test_label_shift_finds_how_common_labels_are() -> None:
     twice = [Predictions(gold, np.exp(logs), np.arange(4000) // 10)] * 2
     shifted, plain = calibrate(twice, label_shift=True), calibrate(twice)
     assert (len(shifted.scaling.offsets), plain.scaling.offsets) == (LABELS, ())
-    assert shifted.predictions[1].figures()["accuracy"] > twice[1].figures()["accuracy"] + 0.05
-    assert plain.predictions[1].figures()["accuracy"] == twice[1].figures()["accuracy"]
+    assert shifted.predictions[1].metrics()["accuracy"] > twice[1].metrics()["accuracy"] + 0.05
+    assert plain.predictions[1].metrics()["accuracy"] == twice[1].metrics()["accuracy"]
 
 
 def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:

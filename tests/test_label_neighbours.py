@@ -14,7 +14,7 @@ from conftest import CHAT, describe, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.neighbours import THREADS, Company, Found
+from benchmarks.neighbours import THREADS, Company, Comparison
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.labeler import Labeler
 from ercbatch.scoring.onnx_scorer import LONGEST_PACK
@@ -57,7 +57,7 @@ def company(
 def test_probabilities_are_those_of_the_dialogue_alone(
     company: Company, order: list[int], count: int, tokens: int, labeler: int
 ) -> None:
-    found = Found()
+    found = Comparison()
     company.compare(found, order[:count], tokens, labeler)
     assert found.other_labels == 0
     assert found.largest_difference < 1e-6
@@ -71,7 +71,7 @@ def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) ->
 
 
 def test_what_differs_is_counted() -> None:
-    found = Found()
+    found = Comparison()
     found.add(
         {0: np.array([0.4, 0.6]), 3: np.array([0.5, 0.5])},
         {0: np.array([0.75, 0.25]), 3: np.array([0.5, 0.5])},

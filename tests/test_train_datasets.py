@@ -26,7 +26,7 @@ def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:
     source = Source(str(path), "unified", written="meld", mapping=str(mapping))
     (read,) = read_dataset(source).scenes
     assert [u.label for u in read.dialogue.utterances] == ["neutral", None, None]
-    assert read.asked == [0]
+    assert read.target_utterances == [0]
     for table, words in (
         ({"meld": own | {"sad": "sleepy"}}, "'sad' of 'meld' is mapped to 'sleepy'"),
         ({"meld": {"sad": "sad"}}, "lacks the label 'neutral'"),

@@ -309,7 +309,7 @@ def test_a_saved_adapter_gives_what_it_gave_in_training(
     found = Validation(merged.model, merged.tokenizer, merged.recipe, [read_dataset(CHAT_DATA)])
     kept = json.loads((run / "run.json").read_text())["kept"]
     valid = figures(run)[kept - 1]["valid"]["meld"]
-    assert found.figures([Task.EMOTION])["meld"]["log_loss"] == pytest.approx(
+    assert found.metrics([Task.EMOTION])["meld"]["log_loss"] == pytest.approx(
         valid["log_loss"], abs=error
     )
 

@@ -272,7 +272,7 @@ def test_soft_targets_mix_scores_and_label(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"utterances": [turn, {**turn, "text": " "}]}) + "\n")
     (scene,) = read_dataset(Source(str(path), "meld", soft=0.5)).scenes
-    assert scene.asked == [0]
+    assert scene.target_utterances == [0]
     assert scene.targets[0] is not None
     expected = {**dict.fromkeys(labels, 0.05), "sad": 0.2, "angry": 0.55}
     assert dict(zip(labels, scene.targets[0].tolist(), strict=True)) == pytest.approx(expected)

@@ -127,7 +127,7 @@ def fit(  # click passes a parameter for each option
                     f"{output} holds an interrupted run: go on with --resume, or start again with "
                     "--force"
                 )
-        wanted = read_recipe(
+        resolved = read_recipe(
             recipe,
             settings,
             base=base_,
@@ -138,19 +138,21 @@ def fit(  # click passes a parameter for each option
             fraction=fraction,
         )
         if fold is not None:
-            wanted = replace(
-                wanted, train=tuple(replace(source, leave_out=fold) for source in wanted.train)
+            resolved = replace(
+                resolved, train=tuple(replace(source, leave_out=fold) for source in resolved.train)
             )
         from train.fit import FitOptions, fit_recipe
         from train.loop import InterruptedFitError
 
         try:
-            fit_recipe(wanted, output, FitOptions(bf16, resume, save_every), _say)
+            fit_recipe(resolved, output, FitOptions(bf16, resume, save_every), _say)
         except InterruptedFitError as error:
             arguments = [a for a in sys.argv[1:] if a not in ("--force", "--resume")]
             processes = os.environ.get("WORLD_SIZE", "1")
-            start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-            command = shlex.join([*start, "-m", "train", *arguments, "--resume"])
+            launcher = (
+                ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+            )
+            command = shlex.join([*launcher, "-m", "train", *arguments, "--resume"])
             raise InterruptedFitError(f"{error}; to go on: {command}") from error
 
 

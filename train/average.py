@@ -34,7 +34,7 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The average in place of the weights."""
-        kept = [p.detach().clone() for p in self._parameters]
+        originals = [p.detach().clone() for p in self._parameters]
         with torch.no_grad():
             for p, value in zip(self._parameters, self.weights, strict=True):
                 p.copy_(value)
@@ -42,7 +42,7 @@ class Average:
             yield
         finally:
             with torch.no_grad():
-                for p, value in zip(self._parameters, kept, strict=True):
+                for p, value in zip(self._parameters, originals, strict=True):
                     p.copy_(value)
 
 
@@ -59,13 +59,13 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
     if any(run.recipe.method != "full" for run in loaded):
         raise UsageError("only full-parameter runs are averaged: an adapter is not a sum of others")
     states = [run.model.state_dict() for run in loaded]  # the output embedding is in it
-    taken: set[int] = set()
+    averaged: set[int] = set()
     with torch.no_grad():
         for name, value in states[0].items():
             if any(name not in s or s[name].shape != value.shape for s in states):
                 raise UsageError(f"the runs' models differ in {name}: they have no average")
-            if value.is_floating_point() and value.data_ptr() not in taken:  # tied weights: once
-                taken.add(value.data_ptr())
+            if value.is_floating_point() and value.data_ptr() not in averaged:  # tied weights: once
+                averaged.add(value.data_ptr())
                 value.copy_(torch.stack([state[name] for state in states]).mean(0))
     with first.model.whole() as whole:
         whole.save_pretrained(folder / MODEL)

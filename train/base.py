@@ -41,12 +41,12 @@ def causal_decoder(source: Path) -> BertLMHeadModel:
     config.architectures = ["BertLMHeadModel"]
     logging.set_verbosity_error()  # it warns that the head is missing
     try:
-        model, loaded = BertLMHeadModel.from_pretrained(
+        model, loading_info = BertLMHeadModel.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
         raise InputError(f"{source}: {error}") from error
-    missing = [name for name in loaded["missing_keys"] if not name.startswith("cls.")]
+    missing = [name for name in loading_info["missing_keys"] if not name.startswith("cls.")]
     if missing:
         raise InputError(f"{source}: the weights lack {min(missing)}: not a whole BERT checkpoint")
     transform = model.cls.predictions.transform
@@ -95,13 +95,15 @@ def _write_gguf(source: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # from transformers 5 on weights stay packed without it
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with (
-        TemporaryDirectory() as alone,  # what else is in its folder would be read as well
+        TemporaryDirectory() as link_folder,  # what else is in its folder would be read as well
         foreign_errors(InputError, f"{source}: cannot be read as GGUF", "get it again"),
     ):
-        (Path(alone) / "model.gguf").symlink_to(source.resolve())
-        model = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", **settings)
+        (Path(link_folder) / "model.gguf").symlink_to(source.resolve())
+        model = AutoModelForCausalLM.from_pretrained(
+            link_folder, gguf_file="model.gguf", **settings
+        )
         tokenizer = AutoTokenizer.from_pretrained(
-            alone, gguf_file="model.gguf", trust_remote_code=False
+            link_folder, gguf_file="model.gguf", trust_remote_code=False
         )
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # it refuses to save

@@ -6,27 +6,32 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.progress import EpochFigures
+from train.progress import EpochMetrics
 
 CSV, PNG = "curves.csv", "curves.png"
 
 
-def write_curves(folder: Path, epochs: Sequence[EpochFigures]) -> None:
+def write_curves(folder: Path, epochs: Sequence[EpochMetrics]) -> None:
     """Write `curves.csv` (one row for each epoch and dataset) and `curves.png`."""
     tasks = list(dict.fromkeys(task for e in epochs for task in e.losses))
-    figures = ("weighted_f1", "macro_f1", "accuracy", "log_loss", "speaker_accuracy")
+    metrics = ("weighted_f1", "macro_f1", "accuracy", "log_loss", "speaker_accuracy")
     with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         losses = [f"{task}_loss" for task in tasks]
-        writer.writerow(["epoch", "stage", "loss", *losses, "split", "dataset", *figures])
+        writer.writerow(["epoch", "stage", "loss", *losses, "split", "dataset", *metrics])
         for e in epochs:
-            own = [e.epoch, e.stage, round(e.loss, 5), *(_rounded(e.losses.get(t)) for t in tasks)]
-            rows = [
-                [*own, split, name, *(_rounded(found.get(figure)) for figure in figures)]
-                for split, datasets in (("valid", e.valid), ("train", e.train))
-                for name, found in datasets.items()
+            epoch_cells = [
+                e.epoch,
+                e.stage,
+                round(e.loss, 5),
+                *(_rounded(e.losses.get(t)) for t in tasks),
             ]
-            writer.writerows(rows or [[*own, *[""] * (2 + len(figures))]])
+            rows = [
+                [*epoch_cells, split, name, *(_rounded(values.get(metric)) for metric in metrics)]
+                for split, datasets in (("valid", e.valid), ("train", e.train))
+                for name, values in datasets.items()
+            ]
+            writer.writerows(rows or [[*epoch_cells, *[""] * (2 + len(metrics))]])
     _draw(folder / PNG, epochs, tasks)
 
 
@@ -34,7 +39,7 @@ def _rounded(value: float | None) -> float | str:
     return "" if value is None else round(value, 5)
 
 
-def _draw(path: Path, epochs: Sequence[EpochFigures], tasks: Sequence[str]) -> None:
+def _draw(path: Path, epochs: Sequence[EpochMetrics], tasks: Sequence[str]) -> None:
     # The object interface: pyplot would choose a backend for the screen, and keep every figure.
     from matplotlib.figure import Figure
 
@@ -46,11 +51,13 @@ def _draw(path: Path, epochs: Sequence[EpochFigures], tasks: Sequence[str]) -> N
     left.set(xlabel="epoch", ylabel="loss in training (nats)")
     for style, split in (("-", "valid"), (":", "train")):
         for name in dict.fromkeys(n for e in epochs for n in getattr(e, split)):
-            own = [(e.epoch, getattr(e, split).get(name, {})) for e in epochs]
-            for measure, what in (("weighted_f1", ""), ("speaker_accuracy", ", speakers")):
-                points = [(epoch, 100 * found[measure]) for epoch, found in own if measure in found]
+            series = [(e.epoch, getattr(e, split).get(name, {})) for e in epochs]
+            for metric, suffix in (("weighted_f1", ""), ("speaker_accuracy", ", speakers")):
+                points = [
+                    (epoch, 100 * values[metric]) for epoch, values in series if metric in values
+                ]
                 if points:
-                    label = f"{name}{what}{'' if split == 'valid' else ', training data'}"
+                    label = f"{name}{suffix}{'' if split == 'valid' else ', training data'}"
                     right.plot(*zip(*points, strict=True), style, marker="o", label=label)
     right.set(xlabel="epoch", ylabel="weighted F1; accuracy of speakers (%)")
     for axes in (left, right):

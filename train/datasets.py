@@ -27,7 +27,7 @@ class Scene:
     targets: tuple[Target | None, ...]
 
     @property
-    def asked(self) -> list[int]:
+    def target_utterances(self) -> list[int]:
         """The utterances that have a text and a target."""
         return [t for t in self.dialogue.said if self.targets[t] is not None]
 
@@ -43,7 +43,7 @@ class Dataset:
     @property
     def has_targets(self) -> bool:
         """Whether an utterance has something to learn."""
-        return any(scene.asked for scene in self.scenes)
+        return any(scene.target_utterances for scene in self.scenes)
 
     @property
     def labelled(self) -> bool:
@@ -96,9 +96,11 @@ def _scene(
         label, target = None, None
         if source.soft < 1 and utterance.label is not None:
             label = _learnt(utterance.label, file, place)
-            target = _spread([label], labels)
+            target = _uniform_target([label], labels)
         elif source.soft < 1 and isinstance(turn.get("labels"), list):
-            target = _spread([_learnt(own, file, place) for own in turn["labels"]], labels)
+            target = _uniform_target(
+                [_learnt(name, file, place) for name in turn["labels"]], labels
+            )
         if source.soft and not utterance.blank:
             scores = _scores(turn.get("scores"), labels, place)
             target = scores if target is None else source.soft * scores + (1 - source.soft) * target
@@ -110,19 +112,19 @@ def _scene(
 def _learnt(label: object, file: _Written, place: str) -> str | None:
     """The label to learn for one that stands in the file, None to leave it out."""
     written, mapping = file
-    known = written.canonical(label) if isinstance(label, str) else None
-    if known is None:
+    canonical = written.canonical(label) if isinstance(label, str) else None
+    if canonical is None:
         raise InputError(
             f"{place}: label {label!r} is not in the label set {written.name}: "
             f"{', '.join(written.labels)}"
         )
-    return known if mapping is None else mapping[known]
+    return canonical if mapping is None else mapping[canonical]
 
 
-def _spread(found: Sequence[str | None], labels: LabelSet) -> Target | None:
+def _uniform_target(names: Sequence[str | None], labels: LabelSet) -> Target | None:
     """The target in which these labels are equally probable, None if there is none to learn."""
-    known = [one_hot(labels.index(label), len(labels)) for label in found if label is not None]
-    return np.mean(known, axis=0, dtype=np.float32) if known else None
+    targets = [one_hot(labels.index(label), len(labels)) for label in names if label is not None]
+    return np.mean(targets, axis=0, dtype=np.float32) if targets else None
 
 
 def one_hot(index: int, size: int) -> Target:
@@ -133,15 +135,15 @@ def one_hot(index: int, size: int) -> Target:
 
 def _scores(value: object, labels: LabelSet, place: str) -> Target:
     """The target that `scores` describe. Their keys may be any known spelling of the labels."""
-    named = value if isinstance(value, Mapping) else {}
-    known = {labels.canonical(name): score for name, score in named.items()}
-    if len(known) != len(named) or set(known) != set(labels.labels):
+    by_name = value if isinstance(value, Mapping) else {}
+    scores_by_label = {labels.canonical(name): score for name, score in by_name.items()}
+    if len(scores_by_label) != len(by_name) or set(scores_by_label) != set(labels.labels):
         raise InputError(
             f"{place}: an utterance has no `scores` over the label set {labels.name}: "
             "run `python -m train teach` first"
         )
     try:
-        scores = np.array([known[label] for label in labels.labels], dtype=np.float32)
+        scores = np.array([scores_by_label[label] for label in labels.labels], dtype=np.float32)
     except (TypeError, ValueError):
         scores = np.full(len(labels), np.nan, dtype=np.float32)
     if not np.isfinite(scores).all():
@@ -157,17 +159,21 @@ def file_names(datasets: Sequence[Dataset]) -> list[str]:
     """
     names: dict[tuple[str, str], str] = {}
     for labels in {d.labels.name for d in datasets}:
-        alike = [d.source for d in datasets if d.labels.name == labels]
-        found = zip(alike, distinct_names(alike), strict=True)
-        names |= {(labels, source.path): name for source, name in found}
+        sources = [d.source for d in datasets if d.labels.name == labels]
+        pairs = zip(sources, distinct_names(sources), strict=True)
+        names |= {(labels, source.path): name for source, name in pairs}
     return [names[d.labels.name, d.source.path] for d in datasets]
 
 
 def without_overlap(dataset: Dataset, held_out: Sequence[Dataset], letters: int) -> Dataset:
     """The dataset without the dialogues that share a line of that many letters with `held_out`."""
-    known = {line for d in held_out for s in d.scenes for line in _lines(s.dialogue, letters)}
-    kept = tuple(s for s in dataset.scenes if known.isdisjoint(_lines(s.dialogue, letters)))
-    return replace(dataset, scenes=kept)
+    held_out_lines = {
+        line for d in held_out for s in d.scenes for line in _lines(s.dialogue, letters)
+    }
+    scenes = tuple(
+        s for s in dataset.scenes if held_out_lines.isdisjoint(_lines(s.dialogue, letters))
+    )
+    return replace(dataset, scenes=scenes)
 
 
 def _lines(dialogue: Dialogue, letters: int) -> set[str]:
@@ -186,8 +192,8 @@ def share(datasets: Sequence[Dataset], recipe: Recipe) -> list[Dataset]:
     sizes = [len(d.scenes) for d in datasets]
     if recipe.mix == "total":
         owners = np.repeat(np.arange(len(datasets)), sizes)
-        drawn = random.permutation(owners)[: round(recipe.fraction * len(owners))]
-        counts = np.bincount(drawn, minlength=len(datasets)).tolist()
+        drawn_owners = random.permutation(owners)[: round(recipe.fraction * len(owners))]
+        counts = np.bincount(drawn_owners, minlength=len(datasets)).tolist()
     else:
         counts = [round(recipe.fraction * size) for size in sizes]
     return [

@@ -26,8 +26,8 @@ def dropout_settings(recipe: Recipe) -> dict[str, float]:
         if value is None:
             continue
         config = config or AutoConfig.from_pretrained(recipe.base, trust_remote_code=False)
-        found = [known for known in names if hasattr(config, known)]
-        if not found and value:
+        keys = [key for key in names if hasattr(config, key)]
+        if not keys and value:
             raise UsageError(f"recipe: a {config.model_type} model has no {name}: leave it out")
-        settings.update(dict.fromkeys(found, value))
+        settings.update(dict.fromkeys(keys, value))
     return settings

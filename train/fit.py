@@ -27,7 +27,7 @@ from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
 from train.loop import DivergedError, Fitting, Hooks
 from train.model import check_memory, load_trainable
-from train.progress import EpochFigures, Figures, metrics_text
+from train.progress import EpochMetrics, Metrics, metrics_text
 from train.recipe import Recipe
 from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description
 from train.samples import Sampler, TrainingBank, joined, training_bank
@@ -65,20 +65,20 @@ def fit_recipe(
     accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
     if not accelerator.is_main_process:
         report = _silent
-    data = _read(recipe, report)
+    data = _read_data(recipe, report)
     check_config(recipe.base)
     check_memory(recipe, bfloat16=bfloat16)
-    _make(folder)
+    _make_folder(folder)
     try:
         _fit(recipe, folder, options, report, accelerator, data)
     except (RuntimeError, MemoryError) as error:
         # On a CPU torch has no error of its own for it.
-        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not out and "can't allocate memory" not in str(error):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        words = str(error).partition("\n")[0]
+        message = str(error).partition("\n")[0]
         raise UsageError(
-            f"too little memory on {accelerator.device} ({words}): lower packs_per_step or "
+            f"too little memory on {accelerator.device} ({message}): lower packs_per_step or "
             "pack_tokens, set gradient_checkpointing, or load nf4"
         ) from error
 
@@ -115,12 +115,14 @@ class _Demonstrations:
             i: training_bank(d, encoder, recipe) for i, d in enumerate(data.train) if d.has_targets
         }
         # A demonstration shows a label, so no dialogue that is measured may be among them.
-        said = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
+        sampled_texts = {u.text for d in sampled for s in d.scenes for u in s.dialogue.utterances}
         retrievers, for_sample = {}, {}
         for name in {data.train[i].labels.name for i in banks}:
-            own = [bank.bank for i, bank in banks.items() if data.train[i].labels.name == name]
-            retrievers[name] = Retriever(encoder, joined(own))
-            for_sample[name] = Retriever(encoder, joined(own, said))
+            label_banks = [
+                bank.bank for i, bank in banks.items() if data.train[i].labels.name == name
+            ]
+            retrievers[name] = Retriever(encoder, joined(label_banks))
+            for_sample[name] = Retriever(encoder, joined(label_banks, sampled_texts))
         return cls(banks, retrievers, for_sample)
 
 
@@ -133,7 +135,7 @@ class _RunFolder:
     packed: PackedModel
     adapter: Any
     described: Mapping[str, Any]
-    kept: int = 0
+    best_epoch: int = 0
     """Number of the epoch whose weights are in the folder; 0 before the first one."""
 
     def clear(self) -> None:
@@ -141,8 +143,8 @@ class _RunFolder:
         for name in (DESCRIPTION, STATE):
             (self.folder / name).unlink(missing_ok=True)
 
-    def keep(self, epoch: EpochFigures) -> None:
-        self.kept = epoch.epoch
+    def keep(self, epoch: EpochMetrics) -> None:
+        self.best_epoch = epoch.epoch
         self.write()
 
     def write(self) -> None:
@@ -154,21 +156,21 @@ class _RunFolder:
         original = AutoTokenizer.from_pretrained(self.recipe.base, trust_remote_code=False)
         save_tokenizer(original, self.folder / MODEL)  # so that it is a base like any other
 
-    def draw(self, epochs: Sequence[EpochFigures]) -> None:
+    def draw(self, epochs: Sequence[EpochMetrics]) -> None:
         write_curves(self.folder, epochs)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        save_state(self.folder, self.described, {**state, "kept": self.kept})
+        save_state(self.folder, self.described, {**state, "kept": self.best_epoch})
 
-    def load_kept(self) -> None:
+    def load_best(self) -> None:
         """Put the weights that were written into the model."""
         if self.adapter is not None:
             weights = load_peft_weights(str(self.folder / ADAPTER), device="cpu")
             set_peft_model_state_dict(self.adapter, weights)
             return
-        kept, _ = load_causal_lm(str(self.folder / MODEL))
+        best, _ = load_causal_lm(str(self.folder / MODEL))
         with self.packed.whole() as whole:
-            whole.load_state_dict(kept.state_dict())
+            whole.load_state_dict(best.state_dict())
 
 
 def _fit(
@@ -182,11 +184,11 @@ def _fit(
     bfloat16 = accelerator.mixed_precision == "bf16"
     packed, adapter, tokenizer = load_trainable(recipe, accelerator.device, bfloat16=bfloat16)
     sampled = [d.first(recipe.train_sample) for d in data.train if recipe.train_sample]
-    shown = _Demonstrations.of(recipe, data, sampled)
-    sampler = Sampler(recipe, data.train, tokenizer, shown.banks)
-    validation = Validation(packed, tokenizer, recipe, data.valid, shown.retrievers)
-    test = Validation(packed, tokenizer, recipe, data.test, shown.retrievers)
-    sample = Validation(packed, tokenizer, recipe, sampled, shown.for_sample)
+    demonstrations = _Demonstrations.of(recipe, data, sampled)
+    sampler = Sampler(recipe, data.train, tokenizer, demonstrations.banks)
+    validation = Validation(packed, tokenizer, recipe, data.valid, demonstrations.retrievers)
+    test = Validation(packed, tokenizer, recipe, data.test, demonstrations.retrievers)
+    sample = Validation(packed, tokenizer, recipe, sampled, demonstrations.for_sample)
     described = {
         **description(recipe, tokenizer),
         "bfloat16": bfloat16,
@@ -195,12 +197,12 @@ def _fit(
     run = _RunFolder(folder, recipe, packed, adapter, described)
     state = load_state(folder, described) if options.resume else None
     if state is not None:
-        run.kept = int(state["kept"])
+        run.best_epoch = int(state["kept"])
     elif accelerator.is_main_process:
         run.clear()
 
-    def evaluate(tasks: Collection[Task]) -> tuple[Figures, Figures]:
-        return validation.figures(tasks), sample.figures(tasks)
+    def evaluate(tasks: Collection[Task]) -> tuple[Metrics, Metrics]:
+        return validation.metrics(tasks), sample.metrics(tasks)
 
     outcome: dict[str, Any] = {}
     with _stop_requests() as stopping:
@@ -212,26 +214,27 @@ def _fit(
             outcome["epochs"] = fitting.run(state)
         except DivergedError as error:
             if accelerator.is_main_process:
-                if not run.kept:  # the weights are those of the last step that went well
+                if not run.best_epoch:  # the weights are those of the last step that went well
                     run.write()
-                outcome = {"epochs": fitting.finished, "kept": run.kept, "diverged": True}
+                outcome = {"epochs": fitting.finished, "kept": run.best_epoch, "diverged": True}
                 describe(folder, described, tokenizer, **outcome)
             raise DivergedError(f"{error}. {folder} holds what was good before") from error
     if accelerator.is_main_process:
-        outcome["kept"] = run.kept
-        measured = ""
+        outcome["kept"] = run.best_epoch
+        test_summary = ""
         if data.test:
-            run.load_kept()
-            outcome["test"] = test.figures(recipe.stages[-1].tasks)
-            measured = f"; {metrics_text(outcome['test'])}"
+            run.load_best()
+            outcome["test"] = test.metrics(recipe.stages[-1].tasks)
+            test_summary = f"; {metrics_text(outcome['test'])}"
         describe(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
         report(
-            f"{folder}: epoch {run.kept} is kept{measured}; next: python -m export bundle {folder}"
+            f"{folder}: epoch {run.best_epoch} is kept{test_summary}; "
+            f"next: python -m export bundle {folder}"
         )
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """Make the run folder, before any time is spent.
 
     Raises:
@@ -249,7 +252,7 @@ def _silent(_text: str) -> None:
     """One process reports for all."""
 
 
-def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
+def _read_data(recipe: Recipe, report: Callable[[str], None]) -> _Data:
     speakers = Task.SPEAKER.value in recipe.tasks
     emotions = any(task is not Task.SPEAKER for stage in recipe.stages for task in stage.tasks)
     datasets = [read_dataset(source, labelled=not speakers) for source in recipe.train]
@@ -278,10 +281,10 @@ def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
                     "test dataset (exclude_overlap): nothing is left to train on"
                 )
     for dataset in datasets:
-        own = {u.text for s in dataset.scenes for u in s.dialogue.utterances}
+        training_texts = {u.text for s in dataset.scenes for u in s.dialogue.utterances}
         for other in held_out:
-            said = {u.text for s in other.scenes for u in s.dialogue.utterances}
-            if said and said <= own:
+            held_out_texts = {u.text for s in other.scenes for u in s.dialogue.utterances}
+            if held_out_texts and held_out_texts <= training_texts:
                 report(
                     f"warning: all that is said in {other.source.path} stands in "
                     f"{dataset.source.path} too: its figures will say nothing of new dialogues"
@@ -292,16 +295,18 @@ def _read(recipe: Recipe, report: Callable[[str], None]) -> _Data:
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM has come; a second one stops at once."""
-    asked = False
+    requested = False
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    def request_stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -18,7 +18,7 @@ from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.scoring.packed_model import PackedModel
 from train.average import Average
-from train.progress import EpochFigures, Figures, TrainingProgress, epoch_summary
+from train.progress import EpochMetrics, Metrics, TrainingProgress, epoch_summary
 from train.recipe import Recipe, Stage
 from train.samples import TASKS, Epoch, Sampler, Step
 
@@ -70,11 +70,11 @@ class Objective(nn.Module):
 class Hooks:
     """What the loop calls; `evaluate`, `keep`, `finished` and `save` in the main process only."""
 
-    evaluate: Callable[[Collection[Task]], tuple[Figures, Figures]]
-    """Validation and training figures of these tasks."""
-    keep: Callable[[EpochFigures], None]
+    evaluate: Callable[[Collection[Task]], tuple[Metrics, Metrics]]
+    """Validation and training metrics of these tasks."""
+    keep: Callable[[EpochMetrics], None]
     """Called with the weights in place whenever an epoch is the best so far."""
-    finished: Callable[[Sequence[EpochFigures]], None]
+    finished: Callable[[Sequence[EpochMetrics]], None]
     """Called after each epoch."""
     save: Callable[[Mapping[str, Any]], None]
     """Called with a state from which `Fitting` goes on."""
@@ -109,8 +109,8 @@ class Fitting:
         self._progress = TrainingProgress()
         self._saved = time.monotonic()
 
-    def run(self, state: Mapping[str, Any] | None = None) -> list[EpochFigures]:
-        """Train to the end; the figures of all epochs.
+    def run(self, state: Mapping[str, Any] | None = None) -> list[EpochMetrics]:
+        """Train to the end; the metrics of all epochs.
 
         Raises:
             DivergedError: the loss is no longer a number; what `keep` saved stands.
@@ -134,8 +134,8 @@ class Fitting:
         return self.finished
 
     @property
-    def finished(self) -> list[EpochFigures]:
-        """The figures of the epochs so far."""
+    def finished(self) -> list[EpochMetrics]:
+        """The metrics of the epochs so far."""
         return self._progress.finished
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -170,16 +170,16 @@ class Fitting:
         self._objective.train()
         if progress.epoch == first and not progress.steps:
             self._rehearse(epoch, weights)
-        began = spoken = time.monotonic() - progress.seconds
+        began = reported = time.monotonic() - progress.seconds
         while progress.steps < steps:
             self._set_rate((progress.epoch - first) * steps + progress.steps, stage.epochs * steps)
             step = epoch[(progress.steps * workers + accelerator.process_index) % len(epoch)]
             self._step(step.to(accelerator.device), weights)
             progress.seconds = time.monotonic() - began
-            if time.monotonic() - spoken > _REPORT_EVERY:
-                spoken = time.monotonic()
+            if time.monotonic() - reported > _REPORT_EVERY:
+                reported = time.monotonic()
                 self._hooks.report(self._status(stage, first, steps))
-            stopping, due = self._asked()
+            stopping, due = self._poll_requests()
             if stopping or due:
                 self._save()
             if stopping:
@@ -225,26 +225,26 @@ class Fitting:
 
     def _set_rate(self, step: int, steps: int) -> None:
         """Warm up over the recipe's share of the stage's steps, then decay linearly to 0."""
-        warm = max(1, round(self._recipe.warmup * steps))
-        rate = min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        warmup_steps = max(1, round(self._recipe.warmup * steps))
+        rate = min((step + 1) / warmup_steps, (steps - step) / max(1, steps - warmup_steps))
         assert self._recipe.learning_rate is not None  # the recipe has filled it in
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.learning_rate * min(1.0, rate)
 
-    def _asked(self) -> tuple[bool, bool]:
+    def _poll_requests(self) -> tuple[bool, bool]:
         """(whether to stop, whether to save), for all processes as for any: they act together."""
-        mine = (self._hooks.stopping(), time.monotonic() - self._saved > self._save_every)
+        local = (self._hooks.stopping(), time.monotonic() - self._saved > self._save_every)
         if self._accelerator.num_processes == 1:
-            return mine
-        asked = torch.tensor(mine, dtype=torch.float32, device=self._accelerator.device)
-        stopping, due = self._accelerator.reduce(asked, "sum").tolist()
+            return local
+        requests = torch.tensor(local, dtype=torch.float32, device=self._accelerator.device)
+        stopping, due = self._accelerator.reduce(requests, "sum").tolist()
         return stopping > 0, due > 0
 
     def _finish_epoch(self, stage: Stage) -> None:
         progress, hooks = self._progress, self._hooks
         self._objective.eval()
         loss, *losses = progress.means
-        figures = EpochFigures(
+        metrics = EpochMetrics(
             progress.epoch,
             str(stage),
             loss,
@@ -255,14 +255,14 @@ class Fitting:
         with self._average.applied() if self._average is not None else nullcontext():
             if self._accelerator.is_main_process:
                 valid, train = hooks.evaluate(stage.tasks)
-                figures = replace(figures, valid=valid, train=train)
-                rivals = [f for f in progress.finished if f.stage == figures.stage and f.valid]
-                if figures.score >= max((f.score for f in rivals), default=0.0):
-                    hooks.keep(figures)
-        self._progress = TrainingProgress([*progress.finished, figures])
+                metrics = replace(metrics, valid=valid, train=train)
+                rivals = [f for f in progress.finished if f.stage == metrics.stage and f.valid]
+                if metrics.score >= max((f.score for f in rivals), default=0.0):
+                    hooks.keep(metrics)
+        self._progress = TrainingProgress([*progress.finished, metrics])
         if self._accelerator.is_main_process:
             hooks.finished(self._progress.finished)
-            hooks.report(epoch_summary(figures, sum(s.epochs for s in self._recipe.stages)))
+            hooks.report(epoch_summary(metrics, sum(s.epochs for s in self._recipe.stages)))
         self._accelerator.wait_for_everyone()
         self._save()
 
@@ -271,7 +271,7 @@ class Fitting:
         mean, *means = progress.means
         tasks = ", ".join(f"{t.value} {means[TASKS.index(t)]:.3f}" for t in stage.tasks)
         speed = progress.tokens * self._accelerator.num_processes / progress.seconds
-        left = (
+        remaining = (
             progress.seconds
             / progress.steps
             * (steps * (first + stage.epochs - progress.epoch) - progress.steps)
@@ -279,7 +279,7 @@ class Fitting:
         epochs = sum(s.epochs for s in self._recipe.stages)
         return (
             f"epoch {progress.epoch}/{epochs}, step {progress.steps}/{steps}: loss {mean:.3f} "
-            f"({tasks}), {speed:,.0f} tokens/s, {left / 60:,.0f} min left of {stage}"
+            f"({tasks}), {speed:,.0f} tokens/s, {remaining / 60:,.0f} min left of {stage}"
         )
 
     def _save(self) -> None:
@@ -305,8 +305,8 @@ class Fitting:
             for p, value in zip(self._trained, state["weights"], strict=True):
                 p.copy_(value)
             if self._average is not None:
-                for own, value in zip(self._average.weights, state["average"], strict=True):
-                    own.copy_(value)
+                for average, value in zip(self._average.weights, state["average"], strict=True):
+                    average.copy_(value)
                 self._average.updates = state["updates"]
         _set_generators(state["generators"][self._accelerator.process_index])
 

@@ -14,18 +14,18 @@ _METRIC_FORMATS = {
     "log_loss": "log loss {:.3f}",
     "speaker_accuracy": "speakers {:.2%}",
 }
-"""How progress tells the figures that it tells."""
+"""How progress tells the metrics that it tells."""
 
-Figures = Mapping[str, Mapping[str, float]]
-"""Name of a dataset -> its figures."""
+Metrics = Mapping[str, Mapping[str, float]]
+"""Name of a dataset -> its metrics."""
 
 
 @dataclass(frozen=True, slots=True)
-class EpochFigures:
+class EpochMetrics:
     """What one epoch came to.
 
     `losses` maps the stage's tasks to their mean losses, `valid` validation datasets to their
-    figures (see `Validation.figures`), `train` training datasets to those on a sample of them.
+    metrics (see `Validation.metrics`), `train` training datasets to those on a sample of them.
     """
 
     epoch: int
@@ -34,8 +34,8 @@ class EpochFigures:
     losses: Mapping[str, float]
     seconds: float
     tokens: int
-    valid: Figures = field(default_factory=dict)
-    train: Figures = field(default_factory=dict)
+    valid: Metrics = field(default_factory=dict)
+    train: Metrics = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -44,8 +44,8 @@ class EpochFigures:
         It is the mean weighted F1 over the validation datasets, in a stage without emotions the
         mean accuracy of the speakers.
         """
-        for figure in ("weighted_f1", "speaker_accuracy"):
-            values = [f[figure] for f in self.valid.values() if figure in f]
+        for metric in ("weighted_f1", "speaker_accuracy"):
+            values = [f[metric] for f in self.valid.values() if metric in f]
             if values:
                 return sum(values) / len(values)
         return 0.0
@@ -58,7 +58,7 @@ class TrainingProgress:
     `sums` are the sums of the loss and of each task's loss over the `steps` done of it.
     """
 
-    finished: list[EpochFigures] = field(default_factory=list)
+    finished: list[EpochMetrics] = field(default_factory=list)
     steps: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * (1 + len(TASKS)))
     tokens: int = 0
@@ -81,23 +81,23 @@ class TrainingProgress:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainingProgress:
         """Read what `to_json` gave."""
-        finished = [EpochFigures(**figures) for figures in value["finished"]]
+        finished = [EpochMetrics(**epoch) for epoch in value["finished"]]
         return cls(**{**value, "finished": finished})
 
 
-def metrics_text(figures: Figures) -> str:
-    """Figures in words."""
+def metrics_text(metrics: Metrics) -> str:
+    """Metrics in words."""
     return "; ".join(
         f"{name}: {', '.join(words.format(f[k]) for k, words in _METRIC_FORMATS.items() if k in f)}"
-        for name, f in figures.items()
+        for name, f in metrics.items()
     )
 
 
-def epoch_summary(figures: EpochFigures, epochs: int) -> str:
+def epoch_summary(metrics: EpochMetrics, epochs: int) -> str:
     """One line about a finished epoch of `epochs`."""
-    parts = [f"epoch {figures.epoch}/{epochs}: loss {figures.loss:.4f} in {figures.seconds:.0f} s"]
-    if figures.valid:
-        parts.append(metrics_text(figures.valid))
-    if figures.train:
-        parts.append(f"training data: {metrics_text(figures.train)}")
+    parts = [f"epoch {metrics.epoch}/{epochs}: loss {metrics.loss:.4f} in {metrics.seconds:.0f} s"]
+    if metrics.valid:
+        parts.append(metrics_text(metrics.valid))
+    if metrics.train:
+        parts.append(f"training data: {metrics_text(metrics.train)}")
     return "; ".join(parts)

@@ -222,14 +222,14 @@ class Recipe:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the run: one, or speaker identification first and then the rest."""
         tasks = tuple(task for task in Task if task.value in self.tasks)
-        rest = tuple(task for task in tasks if task is not Task.SPEAKER)
+        other_tasks = tuple(task for task in tasks if task is not Task.SPEAKER)
         weights = {Task.EMOTION: 1.0, Task.IMPACT: self.alpha, Task.SPEAKER: self.speaker_weight}
-        if rest == tasks or not rest or not self.speaker_epochs:
-            alone = dict.fromkeys(tasks, 1.0) if len(tasks) == 1 else None
-            epochs = self.epochs if rest else self.speaker_epochs or self.epochs
-            return (Stage(tasks, epochs, alone or weights),)
+        if other_tasks == tasks or not other_tasks or not self.speaker_epochs:
+            single_weights = dict.fromkeys(tasks, 1.0) if len(tasks) == 1 else None
+            epochs = self.epochs if other_tasks else self.speaker_epochs or self.epochs
+            return (Stage(tasks, epochs, single_weights or weights),)
         first = Stage((Task.SPEAKER,), self.speaker_epochs, {Task.SPEAKER: 1.0})
-        return first, Stage(rest, self.epochs, weights)
+        return first, Stage(other_tasks, self.epochs, weights)
 
     @property
     def wording(self) -> Template:
@@ -284,9 +284,9 @@ def _within(value: float, interval: str) -> bool:
     )
 
 
-def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"recipe: {name} is {value!r}: choose from {', '.join(known)}")
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"recipe: {name} is {value!r}: choose from {', '.join(choices)}")
 
 
 def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> Recipe:
@@ -310,10 +310,10 @@ def read_recipe(path: Path, settings: Sequence[str] = (), **overrides: Any) -> R
     for table in (table for kind in _DATA for table in values.get(kind, ())):
         for key in ("path", "labels", "written", "mapping"):
             if table.get(key) and isinstance(table[key], str):
-                beside = path.parent / table[key]
+                candidate = path.parent / table[key]
                 # A label set is a built-in name or a file; data is always a file.
-                if key in ("path", "mapping") or beside.is_file():
-                    table[key] = str(beside)
+                if key in ("path", "mapping") or candidate.is_file():
+                    table[key] = str(candidate)
     for setting in settings:
         for key, value in _setting(setting).items():
             inner = isinstance(value, dict) and isinstance(values.get(key), dict)
@@ -372,8 +372,8 @@ def _check_tables(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_keys(path: Path, kind: Any, values: Mapping[str, Any]) -> None:
-    known = {f.name for f in dataclasses.fields(kind)}
-    for key in sorted(set(values) - known):
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for key in sorted(set(values) - fields):
+        matches = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {matches[0]}?" if matches else f"it takes {', '.join(sorted(fields))}"
         raise UsageError(f"{path}: unknown key {key!r} for {_TABLES[kind]}: {hint}")

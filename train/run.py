@@ -75,9 +75,9 @@ def load_run(
 def _load(
     folder: Path, merged: bool, original: bool, attention: str | None, dtype: Any
 ) -> TrainedRun:
-    recipe, described = _described(folder)
+    recipe, described = _read_description(folder)
     controls = ControlTokens.from_json(described["controls"])
-    data, others = described["data"], described.get("files", {})
+    data, file_digests = described["data"], described.get("files", {})
     settings: dict[str, Any] = {"attn_implementation": attention}
     quantized = recipe.load != "full" and not (merged and original)
     if quantized:
@@ -86,7 +86,7 @@ def _load(
         settings["dtype"] = dtype
     checkpoint = _checkpoint(folder, recipe)
     if recipe.method == "lora":
-        _check_base(folder, recipe, others)
+        _check_base(folder, recipe, file_digests)
     try:
         model, _ = load_causal_lm(checkpoint, **settings)
     except UsageError as error:
@@ -99,11 +99,11 @@ def _load(
     if recipe.method == "lora":
         if quantized and merged:
             logging.set_verbosity_error()  # it says that the model is multiplied out
-            model = model.dequantize().to(_width(dtype))
+            model = model.dequantize().to(_dequantized_dtype(dtype))
         model = _adapted(model, folder / ADAPTER)
         model = model.merge_and_unload() if merged else model.base_model.model
     tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
-    return TrainedRun(recipe, checkpoint, data, others, PackedModel(model.eval()), tokenizer)
+    return TrainedRun(recipe, checkpoint, data, file_digests, PackedModel(model.eval()), tokenizer)
 
 
 def run_files(folder: Path) -> list[str]:
@@ -112,21 +112,21 @@ def run_files(folder: Path) -> list[str]:
     Raises:
         UsageError: not a run folder, or one that diverged at once.
     """
-    recipe, described = _described(folder)
+    recipe, described = _read_description(folder)
     return [_checkpoint(folder, recipe), *described["data"]]
 
 
 def unreadable(source: str | Path) -> AbstractContextManager[None]:
     """See `foreign_errors`: of the files of a model, as UsageError."""
-    what = f"{source}: a file of its model is not what it should be"
-    return foreign_errors(UsageError, what, "train again, or get it again")
+    problem = f"{source}: a file of its model is not what it should be"
+    return foreign_errors(UsageError, problem, "train again, or get it again")
 
 
 def _checkpoint(folder: Path, recipe: Recipe) -> str:
     return str(folder / MODEL) if recipe.method == "full" else recipe.base
 
 
-def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
+def _read_description(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
     path = folder / DESCRIPTION
     try:
         described: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -134,18 +134,18 @@ def _described(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
         recipe = recipe_from(path, {"template_version": 1, **described["recipe"]})
         ControlTokens.from_json(described["controls"])
         described["data"]
-        kept = described.get("kept", 1)
+        best_epoch = described.get("kept", 1)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: not the description of a finished run ({error}): run `python -m train fit`, "
             "or take a model that was not trained with `export bundle --zero-shot`"
         ) from error
-    if described.get("diverged") and not kept:
+    if described.get("diverged") and not best_epoch:
         raise UsageError(f"{folder} diverged in its first epoch: lower learning_rate, train again")
     return recipe, described
 
 
-def _width(dtype: Any) -> torch.dtype:
+def _dequantized_dtype(dtype: Any) -> torch.dtype:
     """The type to multiply quantized weights out to: float32, or half where that is too large."""
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
@@ -160,7 +160,7 @@ def _check_base(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> Non
             )
 
 
-_WRITTEN = {
+_ADAPTER_SETTINGS = {
     *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha"),
     *("lora_dropout", "peft_version", "r", "target_modules", "task_type", "auto_mapping"),
 }
@@ -177,14 +177,17 @@ def _check_adapter(path: Path) -> None:
     """
     with foreign_errors(UsageError, f"{path}: not the configuration of an adapter", "train again"):
         config = json.loads(path.read_bytes())
-        plain = LoraConfig().to_dict()
+        defaults = LoraConfig().to_dict()
         targets = config["target_modules"]
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
             raise TypeError("target_modules is no list of names")
-        plain |= {key: None for key in config if key not in plain}  # of another release of peft
-        odd = [k for k, v in config.items() if k not in _WRITTEN and v and v != plain[k]]
-        if odd:
-            raise ValueError(f"it sets {', '.join(odd)}")
+        # Of another release of peft.
+        defaults |= {key: None for key in config if key not in defaults}
+        unexpected = [
+            k for k, v in config.items() if k not in _ADAPTER_SETTINGS and v and v != defaults[k]
+        ]
+        if unexpected:
+            raise ValueError(f"it sets {', '.join(unexpected)}")
 
 
 def _adapted(model: Any, adapter: Path) -> PeftModel:
@@ -249,25 +252,25 @@ def untrained_run(
 def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     """What a run depends on: the resolved recipe, the tokenizer's controls, digests of files."""
     sources = (*recipe.train, *recipe.valid, *recipe.test)
-    others = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
-    others |= {str(path) for path in Path(recipe.base).glob("*.safetensors")}  # none: on the hub
+    paths = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
+    paths |= {str(path) for path in Path(recipe.base).glob("*.safetensors")}  # none: on the hub
     if recipe.encoder and (recipe.demonstrations or recipe.demonstrations_shown):
-        others |= set(map(str, encoder_files(recipe.encoder)))
+        paths |= set(map(str, encoder_files(recipe.encoder)))
     return {
         "recipe": recipe.to_json(),
         "controls": tokenizer.controls.to_json(),
         "data": {s.path: file_sha256(s.path) for s in sources},
-        "files": {path: file_sha256(path) for path in sorted(others)},
+        "files": {path: file_sha256(path) for path in sorted(paths)},
     }
 
 
 def describe(
-    folder: Path, described: Mapping[str, Any], tokenizer: SegmentTokenizer, **rest: Any
+    folder: Path, described: Mapping[str, Any], tokenizer: SegmentTokenizer, **outcome: Any
 ) -> None:
     """Write the description of a finished run: from then on the folder is one."""
     versions = {name: version(name) for name in ("ercbatch", "torch", "transformers", "peft")}
     tokenizer.save(folder / files.TOKENIZER)
     text = json.dumps(
-        {**described, "versions": versions, **rest}, indent=2, default=dataclasses.asdict
+        {**described, "versions": versions, **outcome}, indent=2, default=dataclasses.asdict
     )
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from train.datasets import Dataset, Scene, Target, one_hot
 from train.noise import hurried, rewritten, transcribed
 from train.recipe import Recipe
 
-_LENGTHS = 32
+_PAD_MULTIPLE = 32
 """Batches are padded to multiples of this many tokens."""
 TASKS = tuple(Task)
 """`Step.tasks` are indices into this."""
@@ -42,12 +42,12 @@ def training_bank(dataset: Dataset, encoder: SentenceEncoder, recipe: Recipe) ->
     examples = [
         Demonstration(scene.dialogue.utterances[t].text, _likeliest(scene, t, dataset.labels))
         for scene in dataset.scenes
-        for t in scene.asked
+        for t in scene.target_utterances
     ]
     texts = list(dict.fromkeys(e.text for e in examples))
     vectors = dict(zip(texts, encoder.encode(texts), strict=True))
-    kept = balance(examples, recipe.bank_per_label, recipe.seed)
-    bank = DemonstrationBank(kept, np.stack([vectors[e.text] for e in kept]))
+    balanced = balance(examples, recipe.bank_per_label, recipe.seed)
+    bank = DemonstrationBank(balanced, np.stack([vectors[e.text] for e in balanced]))
     return TrainingBank(bank, vectors)
 
 
@@ -55,10 +55,10 @@ def joined(
     banks: Sequence[DemonstrationBank], leave_out: Collection[str] = ()
 ) -> DemonstrationBank:
     """One bank of what these hold, but for some texts."""
-    held = [d for bank in banks for d in bank.demonstrations]
-    kept = [i for i, d in enumerate(held) if d.text not in leave_out]
+    demonstrations = [d for bank in banks for d in bank.demonstrations]
+    indices = [i for i, d in enumerate(demonstrations) if d.text not in leave_out]
     vectors = np.concatenate([bank.vectors for bank in banks])
-    return DemonstrationBank([held[i] for i in kept], vectors[kept])
+    return DemonstrationBank([demonstrations[i] for i in indices], vectors[indices])
 
 
 def _likeliest(scene: Scene, t: int, labels: LabelSet) -> str:
@@ -85,8 +85,8 @@ class Step:
     def to(self, device: torch.device) -> Step:
         """The same on a device."""
         batch = Batch(*(tensor.to(device) for tensor in self.batch))
-        rest = (self.options, self.targets, self.weights, self.tasks)
-        return Step(batch, *(tensor.to(device) for tensor in rest))
+        tensors = (self.options, self.targets, self.weights, self.tasks)
+        return Step(batch, *(tensor.to(device) for tensor in tensors))
 
 
 class Epoch:
@@ -151,41 +151,41 @@ class Sampler:
         """One epoch of these tasks; the same arguments give the same steps."""
         random = np.random.default_rng([self._recipe.seed, number])
         self._tokenizer.draw_from(random)
-        drawn: list[tuple[int, Scene]] = []
+        drawn_scenes: list[tuple[int, Scene]] = []
         for i, dataset in enumerate(self._datasets):
             count = max(1, round(len(dataset.scenes) * dataset.source.fraction))
             for j in random.permutation(len(dataset.scenes))[:count]:
-                drawn.append((i, dataset.scenes[j]))
-        random.shuffle(drawn)
+                drawn_scenes.append((i, dataset.scenes[j]))
+        random.shuffle(drawn_scenes)
         # Trees that begin alike share a pack: those of a dataset, and all about speakers.
         trees: dict[tuple[int, ...], list[tuple[int, Tree]]] = {}
-        for owner, (i, scene) in enumerate(drawn):
+        for owner, (i, scene) in enumerate(drawn_scenes):
             later = bool(random.random() < self._recipe.later_turns)
             questions = self._questions(i, scene, tasks, random)
             renderer = self._renderers[i, later]
-            dialogue = self._written(scene.dialogue, random)
+            dialogue = self._with_noise(scene.dialogue, random)
             for tree in renderer.trees(dialogue, questions) if questions else ():
                 about_speakers = tree.reads[0][1].question.task is Task.SPEAKER
                 head = renderer.speaker_head if about_speakers else renderer.head
                 trees.setdefault(head, []).append((owner, tree))
         packs = [
             packed
-            for head, own in trees.items()
-            for packed in pack(own, self._recipe.pack_tokens, len(head))
+            for head, owned_trees in trees.items()
+            for packed in pack(owned_trees, self._recipe.pack_tokens, len(head))
         ]
         # Packs of like length share a step, so that little is padded; steps come in random order.
         size = self._recipe.packs_per_step
         order = sorted(random.permutation(len(packs)), key=lambda p: -len(packs[p]))
         steps = [order[at : at + size] for at in range(0, len(order), size)]
         chosen = [[packs[p] for p in steps[at]] for at in random.permutation(len(steps))]
-        return Epoch(chosen, partial(self._step, drawn=drawn))
+        return Epoch(chosen, partial(self._step, drawn_scenes=drawn_scenes))
 
-    def _written(self, dialogue: Dialogue, random: np.random.Generator) -> Dialogue:
+    def _with_noise(self, dialogue: Dialogue, random: np.random.Generator) -> Dialogue:
         """The dialogue as it is, or as speech recognition or a hurried writer would have it."""
-        drawn = random.random()
-        if drawn < self._recipe.transcribed:
+        draw = random.random()
+        if draw < self._recipe.transcribed:
             return rewritten(dialogue, transcribed, random)
-        if drawn < self._recipe.transcribed + self._recipe.hurried:
+        if draw < self._recipe.transcribed + self._recipe.hurried:
             return rewritten(dialogue, hurried, random)
         return dialogue
 
@@ -193,55 +193,55 @@ class Sampler:
         self, i: int, scene: Scene, tasks: Collection[Task], random: np.random.Generator
     ) -> list[Question]:
         recipe = self._recipe
-        asked = scene.asked
+        utterances = scene.target_utterances
         questions = []
-        shown: dict[int, tuple[tuple[str, str], ...]] = {}
-        if i in self._banks and random.random() < recipe.demonstrations and asked:
-            own = self._banks[i]
+        demonstrations: dict[int, tuple[tuple[str, str], ...]] = {}
+        if i in self._banks and random.random() < recipe.demonstrations and utterances:
+            bank = self._banks[i]
             count = int(random.integers(1, recipe.demonstrations_most + 1))
-            texts = [scene.dialogue.utterances[t].text for t in asked]
+            texts = [scene.dialogue.utterances[t].text for t in utterances]
             gold = None
             if recipe.same_label:
-                gold = [_likeliest(scene, t, self._datasets[i].labels) for t in asked]
-            found = own.bank.nearest(
-                np.stack([own.vectors[text] for text in texts]),
+                gold = [_likeliest(scene, t, self._datasets[i].labels) for t in utterances]
+            neighbours = bank.bank.nearest(
+                np.stack([bank.vectors[text] for text in texts]),
                 count,
                 labels=gold,
                 # A demonstration shows a gold label: none of this dialogue's may be seen.
                 exclude=[texts] * len(texts),
             )
-            shown = {
-                t: tuple((d.text, d.label) for d in demonstrations)
-                for t, demonstrations in zip(asked, found, strict=True)
+            demonstrations = {
+                t: tuple((d.text, d.label) for d in nearest)
+                for t, nearest in zip(utterances, neighbours, strict=True)
             }
-        for t in asked:
+        for t in utterances:
             if Task.EMOTION in tasks:
-                questions.append(Question(Task.EMOTION, t, shown.get(t, ())))
+                questions.append(Question(Task.EMOTION, t, demonstrations.get(t, ())))
             if Task.IMPACT in tasks and t > 0:
                 questions.append(Question(Task.IMPACT, t))
         if Task.SPEAKER in tasks:
             questions += speaker_questions(scene)
         return questions
 
-    def _step(self, packs: Sequence[Pack], drawn: Sequence[tuple[int, Scene]]) -> Step:
+    def _step(self, packs: Sequence[Pack], drawn_scenes: Sequence[tuple[int, Scene]]) -> Step:
         reads = [(owner, read) for p in packs for _, owner, read in p.reads]
         options = torch.zeros((len(reads), len(self.answer_tokens)), dtype=torch.bool)
         targets = torch.zeros((len(reads), len(self.answer_tokens)))
         weights = torch.zeros(len(reads))
         tasks = torch.zeros(len(reads), dtype=torch.long)
         for row, (owner, read) in enumerate(reads):
-            i, scene = drawn[owner]
+            i, scene = drawn_scenes[owner]
             trie = self._renderers[i, False].answers(read.question, scene.dialogue)
             choice = trie.choices[read.choice]
             options[row, [self._column[token] for token in choice.options]] = True
             tasks[row] = TASKS.index(read.question.task)
             weighted = self._target(i, scene, read.question, trie.size)
-            for token, behind in zip(choice.options, choice.labels, strict=True):
-                targets[row, self._column[token]] = float(weighted[list(behind)].sum())
+            for token, answers in zip(choice.options, choice.labels, strict=True):
+                targets[row, self._column[token]] = float(weighted[list(answers)].sum())
             # What does not pass this choice of the trie does not count in it.
             weights[row] = targets[row].sum()
             targets[row] /= weights[row].clamp(min=1e-9)
-        return Step(collate(packs, _LENGTHS), options, targets, weights, tasks)
+        return Step(collate(packs, _PAD_MULTIPLE), options, targets, weights, tasks)
 
     def _target(self, i: int, scene: Scene, question: Question, answers: int) -> Target:
         """How probable each answer should be, times the weight of its class."""
@@ -266,7 +266,7 @@ class _NoisyTokenizer(SegmentTokenizer):
     def __init__(self, tokenizer: SegmentTokenizer, share: float) -> None:
         self.controls = tokenizer.controls
         self.template = tokenizer.template
-        self._whole = tokenizer
+        self._wrapped = tokenizer
         self._share = share
 
     def draw_from(self, random: np.random.Generator) -> None:
@@ -275,11 +275,11 @@ class _NoisyTokenizer(SegmentTokenizer):
 
     def content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
         """See `SegmentTokenizer.content`."""
-        ids = self._whole.content(text, limit, both_ends=both_ends)
+        ids = self._wrapped.content(text, limit, both_ends=both_ends)
         if not self._share:
             return ids
-        kept = self._random.random(len(ids)) >= self._share
-        return tuple(id_ for id_, keep in zip(ids, kept, strict=True) if keep)
+        mask = self._random.random(len(ids)) >= self._share
+        return tuple(id_ for id_, keep in zip(ids, mask, strict=True) if keep)
 
 
 def _class_weights(dataset: Dataset, power: float) -> Target:

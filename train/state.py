@@ -54,8 +54,10 @@ def _difference(before: Any, now: Any, name: str = "") -> str:
     """The name of the first value that differs; empty where none does."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            found = _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
+            difference = _difference(
+                before.get(key), now.get(key), f"{name}.{key}" if name else key
+            )
+            if difference:
+                return difference
         return ""
     return "" if before == now else name

@@ -60,17 +60,17 @@ def teach(
     teachers = np.zeros(len(dialogues), dtype=int)
     for folder in runs:
         run = load_run(folder)
-        asked = [
+        numbers = [
             n
             for n, d in enumerate(dialogues)
             if in_sample or not _fitted_on(run, sha256, labels, n, d)
         ]
-        report(f"{folder}: {len(asked):,} of {len(dialogues):,} dialogues")
-        teachers[asked] += 1
+        report(f"{folder}: {len(numbers):,} of {len(dialogues):,} dialogues")
+        teachers[numbers] += 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run.model.to(device)
         engine = _engine(run, labels, bfloat16=bfloat16)
-        for entry in engine.run((n, dialogues[n]) for n in asked):
+        for entry in engine.run((n, dialogues[n]) for n in numbers):
             sum_ = sums[entry.origin]
             for t, row in entry.rows.items():
                 sum_[t] = sum_.get(t, 0) + row

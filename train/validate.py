@@ -1,4 +1,4 @@
-"""Figures on held-out dialogues, by the very engine that labels."""
+"""Metrics on held-out dialogues, by the very engine that labels."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Predictions:
         """Those that a mask [n] holds."""
         return Predictions(self.gold[mask], self.probabilities[mask], self.dialogue[mask])
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Weighted F1, macro F1, accuracy, and the log loss (mean -log P(gold), in nats)."""
-        labels = self.probabilities.shape[1]
-        weighted, macro, accuracy = f1_metrics(self.gold, self.probabilities.argmax(1), labels)
+        label_count = self.probabilities.shape[1]
+        weighted, macro, accuracy = f1_metrics(self.gold, self.probabilities.argmax(1), label_count)
         likelihood = self.probabilities[np.arange(len(self.gold)), self.gold].clip(1e-12)
         log_loss = float(-np.log(likelihood).mean())
         return {
@@ -52,14 +52,14 @@ def speaker_accuracy(
     model: PackedModel, renderer: Renderer, dataset: Dataset, pack_tokens: int
 ) -> float | None:
     """How often the model tells who speaks; None where no dialogue has two speakers."""
-    alike: dict[AnswerTrie, list[Scene]] = {}
+    by_trie: dict[AnswerTrie, list[Scene]] = {}
     for scene in dataset.scenes:
         questions = speaker_questions(scene)
         if questions:
             trie = renderer.answers(questions[0], scene.dialogue)
-            alike.setdefault(trie, []).append(scene)
-    right = []
-    for trie, scenes in alike.items():
+            by_trie.setdefault(trie, []).append(scene)
+    correct = []
+    for trie, scenes in by_trie.items():
         scorer = TorchScorer(model, trie.tokens)
         trees = (
             (i, tree)
@@ -68,8 +68,8 @@ def speaker_accuracy(
         )
         for packed in pack(trees, pack_tokens, len(renderer.speaker_head)):
             for i, utterance, logs in scorer.answers(packed, trie):
-                right.append(speaker_numbers(scenes[i].dialogue)[utterance] == logs.argmax())
-    return float(np.mean(right)) if right else None
+                correct.append(speaker_numbers(scenes[i].dialogue)[utterance] == logs.argmax())
+    return float(np.mean(correct)) if correct else None
 
 
 def predict(engine: Engine, dataset: Dataset) -> Predictions:
@@ -104,31 +104,33 @@ class Validation:
         wording = recipe.wording
         self._model = model
         self._pack_tokens = recipe.pack_tokens
-        self._shown = recipe.demonstrations_shown
+        self._demonstrations = recipe.demonstrations_shown
         self._retrievers = retrievers or {}
         self._datasets = [
             (name, d, Renderer(tokenizer, wording, recipe.window, d.labels.labels))
             for name, d in zip(distinct_dataset_names(datasets), datasets, strict=True)
         ]
 
-    def figures(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
+    def metrics(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
         """Metrics by dataset, with the model as it is now.
 
         For emotions they are those of `Predictions`, for speakers `speaker_accuracy`.
         """
         self._model.eval()
-        found: dict[str, dict[str, float]] = {}
+        metrics: dict[str, dict[str, float]] = {}
         for name, dataset, renderer in self._datasets:
             if Task.EMOTION in tasks and dataset.labelled:
                 scorer = TorchScorer(self._model, renderer.trie.tokens)
                 retriever = self._retrievers.get(dataset.labels.name)
-                engine = Engine(scorer, renderer, 1.0, self._pack_tokens, retriever, self._shown)
-                found[name] = predict(engine, dataset).figures()
+                engine = Engine(
+                    scorer, renderer, 1.0, self._pack_tokens, retriever, self._demonstrations
+                )
+                metrics[name] = predict(engine, dataset).metrics()
             if Task.SPEAKER in tasks:
                 accuracy = speaker_accuracy(self._model, renderer, dataset, self._pack_tokens)
                 if accuracy is not None:
-                    found.setdefault(name, {})["speaker_accuracy"] = accuracy
-        return found
+                    metrics.setdefault(name, {})["speaker_accuracy"] = accuracy
+        return metrics
 
 
 def distinct_dataset_names(datasets: Sequence[Dataset]) -> list[str]:

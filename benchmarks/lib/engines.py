@@ -105,21 +105,21 @@ class EngineProcess:
         threads = str(order.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self._log = log
-        ours = os.sched_getaffinity(0)
+        own_processors = os.sched_getaffinity(0)
         os.sched_setaffinity(0, processors)  # which the process takes over
         try:
-            with log.open("w") as words:
+            with log.open("w") as log_file:
                 self._process = subprocess.Popen(
                     (python, "-m", kind.module, json.dumps(asdict(order))),
                     cwd=_ROOT,
                     env={**os.environ, **dict.fromkeys(names, threads), "HF_HUB_OFFLINE": "1"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=words,
+                    stderr=log_file,
                     text=True,
                 )
         finally:
-            os.sched_setaffinity(0, ours)
+            os.sched_setaffinity(0, own_processors)
         self.versions: Mapping[str, str] = self._answer()["versions"]
 
     def ask(self, request: str) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class Exact:
 
     def search(self, queries: Vectors, count: int) -> Places:
         """(queries [n, dim], count) -> places [n, count], the most similar first."""
-        similar = queries @ self._vectors.T
-        best = np.argpartition(-similar, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(similar, best, axis=1), axis=1)
+        similarities = queries @ self._vectors.T
+        best = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(similarities, best, axis=1), axis=1)
         return np.take_along_axis(best, order, axis=1)
 
 
@@ -85,16 +85,16 @@ def main(kind: str, file: str, ef: int) -> None:
     seconds = time.perf_counter() - began
     say({"build_seconds": seconds, "disk_mb": peer.disk_mb(), "version": peer.version})
     for line in sys.stdin:
-        asked = json.loads(line)
-        queries: Vectors = np.load(asked["queries"])
-        batch = asked["batch"]
+        request = json.loads(line)
+        queries: Vectors = np.load(request["queries"])
+        batch = request["batch"]
         began = time.perf_counter()
-        found = [
-            peer.search(queries[at : at + batch], asked["count"])
+        places = [
+            peer.search(queries[at : at + batch], request["count"])
             for at in range(0, len(queries), batch)
         ]
         seconds = time.perf_counter() - began
-        say({"ids": np.concatenate(found).tolist(), "seconds": seconds})
+        say({"ids": np.concatenate(places).tolist(), "seconds": seconds})
 
 
 def say(answer: dict[str, Any]) -> None:

@@ -43,50 +43,52 @@ class Plan:
     trie: AnswerTrie
 
 
-def plan(bundle: Path, dialogues: Sequence[Dialogue], count: int) -> Plan:
+def make_plan(bundle: Path, dialogues: Sequence[Dialogue], count: int) -> Plan:
     """The dialogues dealt out to `count` rounds, rendered as a bundle of ours does it.
 
     Raises:
         UsageError: there are fewer dialogues than rounds.
     """
     engine = Labeler(str(bundle), threads=1).engine
-    asked = [
+    prompted = [
         (dialogue, ids)
         for dialogue in dialogues
         if (ids := [ids for _, ids in prompts(engine, dialogue)])
     ]
-    if len(asked) < count:
-        raise UsageError(f"{len(asked)} dialogues to label in {count} rounds: have more, or fewer")
+    if len(prompted) < count:
+        raise UsageError(
+            f"{len(prompted)} dialogues to label in {count} rounds: have more, or fewer"
+        )
     return Plan(
         _warm_up(engine),
-        [_round(engine, asked[number::count]) for number in range(count)],
+        [_round(engine, prompted[number::count]) for number in range(count)],
         engine.renderer.trie,
     )
 
 
-def _round(engine: Engine, asked: Sequence[tuple[Dialogue, list[list[int]]]]) -> Round:
-    given = [ids for _, every in asked for ids in every]
-    dialogues = [dialogue for dialogue, _ in asked]
+def _round(engine: Engine, prompted: Sequence[tuple[Dialogue, list[list[int]]]]) -> Round:
+    prompt_ids = [ids for _, dialogue_ids in prompted for ids in dialogue_ids]
+    dialogues = [dialogue for dialogue, _ in prompted]
     return Round(
-        _request(engine, dialogues, [every for _, every in asked], limit=True),
-        len(given),
-        work(given),
-        sum(len(one) for one in engine.packs(dialogues)),
-        sum(map(len, given)),
+        _request(engine, dialogues, [dialogue_ids for _, dialogue_ids in prompted], limit=True),
+        len(prompt_ids),
+        work(prompt_ids),
+        sum(len(pack) for pack in engine.packs(dialogues)),
+        sum(map(len, prompt_ids)),
     )
 
 
 def _request(
     engine: Engine,
     dialogues: Sequence[Dialogue],
-    given: Sequence[Sequence[Sequence[int]]],
+    prompt_ids: Sequence[Sequence[Sequence[int]]],
     *,
     limit: bool,
 ) -> str:
     return json.dumps(
         {
             "records": [dialogue.record for dialogue in dialogues],
-            "prompts": given,
+            "prompts": prompt_ids,
             "options": engine.renderer.trie.choices[0].options,
             "limit": limit,
         }
@@ -96,5 +98,5 @@ def _request(
 def _warm_up(engine: Engine) -> str:
     """Its prompts are backwards, and so begin as no other does."""
     dialogues = [parse_dialogue(record) for record in invented.dialogues(1, _WARM_UP, seed=-1)]
-    given = [[ids[::-1] for _, ids in prompts(engine, dialogue)] for dialogue in dialogues]
-    return _request(engine, dialogues, given, limit=False)
+    prompt_ids = [[ids[::-1] for _, ids in prompts(engine, dialogue)] for dialogue in dialogues]
+    return _request(engine, dialogues, prompt_ids, limit=False)

@@ -31,16 +31,16 @@ def picture(path: Path, columns: int = 1, height: float = 3.6) -> Iterator[list[
     FigureCanvasAgg(figure)
     axes: list[Axes] = list(figure.subplots(1, columns, squeeze=False)[0])
     yield axes
-    for one in axes:
-        one.set_facecolor("none")
-        one.grid(color=_GREY, alpha=0.25, linewidth=0.6)
-        one.set_axisbelow(True)
-        one.tick_params(which="both", colors=_GREY)
-        for text in (one.title, one.xaxis.label, one.yaxis.label):
+    for ax in axes:
+        ax.set_facecolor("none")
+        ax.grid(color=_GREY, alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.tick_params(which="both", colors=_GREY)
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set_color(_GREY)
-        for edge in one.spines.values():
+        for edge in ax.spines.values():
             edge.set_color(_GREY)
-        legend = one.get_legend()
+        legend = ax.get_legend()
         if legend is not None:
             for word in legend.get_texts():
                 word.set_color(_GREY)
@@ -49,15 +49,15 @@ def picture(path: Path, columns: int = 1, height: float = 3.6) -> Iterator[list[
 
 
 def bars(
-    axes: Axes, values: Mapping[str, float], title: str, label: str, *, marked: str = ""
+    axes: Axes, values: Mapping[str, float], title: str, label: str, *, highlight: str = ""
 ) -> None:
     """Horizontal bars in the order given, each with its value at its end.
 
-    Those whose name begins with `marked` have a colour of their own.
+    Those whose name begins with `highlight` have a colour of their own.
     """
-    colours = [_COLOURS[bool(marked) and name.startswith(marked)] for name in values]
-    drawn = axes.barh(list(values), list(values.values()), color=colours, height=0.65)
-    axes.bar_label(drawn, [f" {value:,.4g}" for value in values.values()], color=_GREY)
+    colours = [_COLOURS[bool(highlight) and name.startswith(highlight)] for name in values]
+    containers = axes.barh(list(values), list(values.values()), color=colours, height=0.65)
+    axes.bar_label(containers, [f" {value:,.4g}" for value in values.values()], color=_GREY)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.tick_params(axis="y", length=0)
@@ -73,22 +73,22 @@ def lines(
     """
     from matplotlib.ticker import NullFormatter
 
-    for i, (name, places) in enumerate(points.items()):
+    for i, (name, series) in enumerate(points.items()):
         colour = _COLOURS[i % len(_COLOURS)]
-        axes.plot(*zip(*places, strict=True), marker="o", markersize=4, color=colour, label=name)
+        axes.plot(*zip(*series, strict=True), marker="o", markersize=4, color=colour, label=name)
     axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    marked = sorted({x for places in points.values() for x, _ in places})
+    ticks = sorted({x for series in points.values() for x, _ in series})
     if "x" in log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        tens = [x for x in marked if math.log10(x).is_integer()]
-        marked = tens if len(tens) > 1 else marked
-    axes.set_xticks(marked, [f"{x:,.0f}" for x in marked])
+        tens = [x for x in ticks if math.log10(x).is_integer()]
+        ticks = tens if len(tens) > 1 else ticks
+    axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
     if "y" in log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(0, 1.12 * max(y for places in points.values() for _, y in places))
+        axes.set_ylim(0, 1.12 * max(y for series in points.values() for _, y in series))
     if len(points) > 1:
         axes.legend(frameon=False, fontsize="small")

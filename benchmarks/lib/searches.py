@@ -23,7 +23,7 @@ COUNTS = (1, 3, 5)
 """Results for each query, of which recall is told."""
 _TIE = 1e-5
 """Similarities that differ by less are equal: products round differently."""
-Found = list[list[int]]
+Places = list[list[int]]
 """Places in the bank, for each query."""
 
 
@@ -36,11 +36,11 @@ class Queries:
 
 
 class Engine(Protocol):
-    """What finds the nearest entries; `figures` are those of its making."""
+    """What finds the nearest entries; `metrics` are those of its making."""
 
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
-    def find(self, count: int) -> tuple[Found, float]:
+    def find(self, count: int) -> tuple[Places, float]:
         """The places of `count` entries for each of its queries, and how many queries a second."""
         ...
 
@@ -52,29 +52,29 @@ class OwnBank:
         self,
         bank: DemonstrationBank,
         queries: Queries,
-        figures: dict[str, Any],
+        metrics: dict[str, Any],
         labels: Sequence[str] | None = None,
     ) -> None:
-        self.figures = figures
+        self.metrics = metrics
         self._bank = bank
         self._queries = queries
         self._labels = labels
         self._places = {d.text: i for i, d in enumerate(bank.demonstrations)}
 
-    def find(self, count: int) -> tuple[Found, float]:
+    def find(self, count: int) -> tuple[Places, float]:
         """See `Engine.find`."""
-        found: list[tuple[Demonstration, ...]] = []
+        neighbours: list[tuple[Demonstration, ...]] = []
         began = time.perf_counter()
         for at in range(0, len(self._queries.texts), RETRIEVED_TOGETHER):
             place = slice(at, at + RETRIEVED_TOGETHER)
-            found += self._bank.nearest(
+            neighbours += self._bank.nearest(
                 self._queries.vectors[place],
                 count,
                 labels=None if self._labels is None else self._labels[place],
                 exclude=[[text] for text in self._queries.texts[place]],
             )
-        speed = len(found) / (time.perf_counter() - began)
-        return [[self._places[d.text] for d in few] for few in found], speed
+        speed = len(neighbours) / (time.perf_counter() - began)
+        return [[self._places[d.text] for d in nearest] for nearest in neighbours], speed
 
 
 class Peer:
@@ -89,7 +89,7 @@ class Peer:
     ) -> None:
         script = Path(__file__).with_name("peer_search.py")
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._asked = {"queries": str(queries), "batch": batch}
+        self._request = {"queries": str(queries), "batch": batch}
         self._process = subprocess.Popen(
             [python, str(script), kind, str(vectors), str(ef)],
             stdin=subprocess.PIPE,
@@ -97,9 +97,9 @@ class Peer:
             text=True,
             env={**os.environ, **threads},
         )
-        made = self._answer()
-        self.version: str = made.pop("version")
-        self.figures: dict[str, Any] = {k: round(v, 2) for k, v in made.items()}
+        answer = self._answer()
+        self.version: str = answer.pop("version")
+        self.metrics: dict[str, Any] = {k: round(v, 2) for k, v in answer.items()}
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -109,14 +109,14 @@ class Peer:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def find(self, count: int) -> tuple[Found, float]:
+    def find(self, count: int) -> tuple[Places, float]:
         """See `Engine.find`.
 
         Raises:
             RuntimeError: the process has ended.
         """
         assert self._process.stdin is not None
-        print(json.dumps({**self._asked, "count": count}), file=self._process.stdin, flush=True)
+        print(json.dumps({**self._request, "count": count}), file=self._process.stdin, flush=True)
         answer = self._answer()
         return answer["ids"], len(answer["ids"]) / answer["seconds"]
 
@@ -143,12 +143,12 @@ def open_bank(
         began = time.perf_counter()
         bank = DemonstrationBank.load(folder, digests)
         load = time.perf_counter() - began
-    figures = {
+    metrics = {
         "build_seconds": round(build, 2),
         "load_seconds": round(load, 2),
         "disk_mb": round(size / 1e6, 2),
     }
-    return bank, figures
+    return bank, metrics
 
 
 class Truth:
@@ -159,49 +159,49 @@ class Truth:
         labels: Sequence[str],
         vectors: Vectors,
         queries: Vectors,
-        own: Sequence[int | None],
+        own_places: Sequence[int | None],
     ) -> None:
-        """`own` is for each query its own place in the bank, which is never found."""
+        """`own_places` is for each query its own place in the bank, which is never found."""
         self._labels = labels
         self._vectors = vectors
         self._queries = queries
-        self._own = own
+        self._own_places = own_places
         self._best: list[dict[str, list[tuple[float, int]]]] = []
         members = {label: np.flatnonzero(np.array(labels) == label) for label in set(labels)}
         for at in range(0, len(queries), RETRIEVED_TOGETHER):
             similar = queries[at : at + RETRIEVED_TOGETHER] @ vectors.T
-            for row, place in zip(similar, own[at : at + RETRIEVED_TOGETHER], strict=True):
+            for row, place in zip(similar, own_places[at : at + RETRIEVED_TOGETHER], strict=True):
                 if place is not None:
                     row[place] = -np.inf
-                self._best.append({label: _best(row, of) for label, of in members.items()})
+                self._best.append({label: _best(row, places) for label, places in members.items()})
 
-    def recall(self, found: Found, count: int) -> float:
+    def recall(self, results: Places, count: int) -> float:
         """The share found of what exact search gives in rounds over the labels.
 
-        `found` may be of the first queries alone.
+        `results` may be of the first queries alone.
         """
-        right = wanted = 0
-        for number, (best, places) in enumerate(zip(self._best, found, strict=False)):
+        hits = expected = 0
+        for number, (best, places) in enumerate(zip(self._best, results, strict=False)):
             ranked = sorted(
                 (turn, -similarity, label)
-                for label, few in best.items()
-                for turn, (similarity, _) in enumerate(few)
+                for label, nearest in best.items()
+                for turn, (similarity, _) in enumerate(nearest)
                 if similarity > -np.inf
             )[:count]
-            least: dict[str, float] = {}
+            thresholds: dict[str, float] = {}
             for _, negative, label in ranked:
-                least[label] = min(-negative, least.get(label, 1.0))
-            wanted += len(ranked)
+                thresholds[label] = min(-negative, thresholds.get(label, 1.0))
+            expected += len(ranked)
             for i in places:
                 similarity = float(self._vectors[i] @ self._queries[number])
-                close = similarity >= least.get(self._labels[i], np.inf) - _TIE
-                right += close and i != self._own[number]
-        return right / wanted
+                close = similarity >= thresholds.get(self._labels[i], np.inf) - _TIE
+                hits += close and i != self._own_places[number]
+        return hits / expected
 
 
 def _best(row: npt.NDArray[np.float32], members: npt.NDArray[np.int64]) -> list[tuple[float, int]]:
     """The most similar members, as many as are ever asked for: (similarity, place)."""
-    most = min(max(COUNTS), len(members))
-    own = row[members]
-    places = np.argpartition(-own, most - 1)[:most]
-    return sorted(((float(own[i]), int(members[i])) for i in places), reverse=True)
+    count = min(max(COUNTS), len(members))
+    similarities = row[members]
+    places = np.argpartition(-similarities, count - 1)[:count]
+    return sorted(((float(similarities[i]), int(members[i])) for i in places), reverse=True)

@@ -15,7 +15,7 @@ from ercbatch.bundle.bundle import find_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.retrieval.bank import TEXTS, Demonstration, read_examples
 
-_MOST_WORDS = 40
+_MAX_WORDS = 40
 
 
 def invent(count: int, seed: int = 0) -> list[Demonstration]:
@@ -24,21 +24,21 @@ def invent(count: int, seed: int = 0) -> list[Demonstration]:
 
 
 def _walks(dice: random.Random) -> Iterator[Demonstration]:
-    written = read_examples(find_bundle("mini") / TEXTS)
+    sentences = read_examples(find_bundle("mini") / TEXTS)
     follows: dict[str, list[str]] = {}
-    for sentence in written:
+    for sentence in sentences:
         words = sentence.text.split()
         for word, after in zip(words, [*words[1:], ""], strict=True):
             follows.setdefault(word, []).append(after)
-    seen: set[str] = set()
+    texts: set[str] = set()
     while True:
-        start = dice.choice(written)
+        start = dice.choice(sentences)
         words = [start.text.split()[0]]
-        while len(words) < _MOST_WORDS and (after := dice.choice(follows[words[-1]])):
+        while len(words) < _MAX_WORDS and (after := dice.choice(follows[words[-1]])):
             words.append(after)
         text = " ".join(words)
-        if text not in seen:
-            seen.add(text)
+        if text not in texts:
+            texts.add(text)
             yield Demonstration(text, start.label)
 
 
@@ -47,6 +47,6 @@ def converse(texts: Iterable[str], turns: int) -> Iterator[Dialogue]:
 
     Each has `turns` turns; the last may have fewer.
     """
-    left = iter(texts)
-    while said := list(islice(left, turns)):
-        yield Dialogue(tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(said)))
+    remaining = iter(texts)
+    while turn_texts := list(islice(remaining, turns)):
+        yield Dialogue(tuple(Utterance(text, "AB"[t % 2]) for t, text in enumerate(turn_texts)))

@@ -134,17 +134,17 @@ def _write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for key in shapes:
         parts.setdefault(".".join(key.split(".")[:3]), []).append(key)
     torch.manual_seed(0)
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, keys in enumerate(parts.values(), start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {key: _drawn(key, shapes[key]) for key in keys}
+        tensors = {key: _random_tensor(key, shapes[key]) for key in keys}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(keys, file)
-    index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
+        weight_map |= dict.fromkeys(keys, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
     (folder / _INDEX).write_text(index + "\n", encoding="utf-8")
 
 
-def _drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _random_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Random numbers; ones where a normalization scales by them."""
     tensor = torch.empty(shape, dtype=torch.bfloat16)
     return tensor.fill_(1) if key.endswith("norm.weight") else tensor.normal_(0, _SPREAD)

@@ -34,11 +34,11 @@ class CTranslate2(Generator):
 
     def greedy(self, prompts: Prompts) -> list[int]:
         """See `Generator.greedy`."""
-        together = [prompt for dialogue in prompts for prompt in dialogue]
-        first = min(together)
-        common = min(shared(first, max(together)), len(first) - 1)
-        words = [[self._words[token] for token in prompt] for prompt in together]
-        found = self._generator.generate_batch(
+        flat = [prompt for dialogue in prompts for prompt in dialogue]
+        first = min(flat)
+        common = min(shared(first, max(flat)), len(first) - 1)
+        words = [[self._words[token] for token in prompt] for prompt in flat]
+        results = self._generator.generate_batch(
             [prompt[common:] for prompt in words],
             static_prompt=words[0][:common],
             include_prompt_in_result=False,
@@ -46,7 +46,7 @@ class CTranslate2(Generator):
             max_length=1,
             return_end_token=True,
         )
-        return [result.sequences_ids[0][0] for result in found]
+        return [result.sequences_ids[0][0] for result in results]
 
 
 if __name__ == "__main__":

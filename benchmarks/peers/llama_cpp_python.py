@@ -57,7 +57,7 @@ class LlamaCpp(Generator):
                 raise RuntimeError(f"llama.cpp cannot quantize to {order.form}")
             whole.unlink()
 
-        exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        cache_types = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
         self._llama = llama_cpp.Llama(
             str(Path(convert(order, write), _FILE)),
             n_ctx=LONGEST,
@@ -65,7 +65,7 @@ class LlamaCpp(Generator):
             n_threads=order.threads,
             n_threads_batch=order.threads,
             verbose=False,
-            **(exact if order.form == "fp32" else {}),
+            **(cache_types if order.form == "fp32" else {}),
         )
 
     def greedy(self, prompts: Prompts) -> list[int]:
@@ -98,15 +98,19 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_token_scores([0.0] * config["vocab_size"])
     for key, value in _tensors(checkpoint):
         name, _, kind_of = key.removeprefix("model.").rpartition(".")
-        place = ""
+        prefix = ""
         if name.startswith("layers."):
             _, layer, name = name.split(".", 2)
-            place = f"blk.{layer}."
+            prefix = f"blk.{layer}."
         name = _NAMES[name]
         if kind == "llama" and name in heads:  # rotated in pairs of neighbours, not of halves
-            rest = value.shape[1:]
-            value = value.reshape(heads[name], 2, -1, *rest).swapaxes(1, 2).reshape(-1, *rest)
-        writer.add_tensor(f"{place}{name}.{kind_of}", value)
+            tail_shape = value.shape[1:]
+            value = (
+                value.reshape(heads[name], 2, -1, *tail_shape)
+                .swapaxes(1, 2)
+                .reshape(-1, *tail_shape)
+            )
+        writer.add_tensor(f"{prefix}{name}.{kind_of}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,8 +122,8 @@ def _tensors(checkpoint: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     for path in sorted(checkpoint.glob("*.safetensors")):
         content = np.fromfile(path, np.uint8)
         size = int(content[:8].view(np.int64)[0])
-        listed: Mapping[str, Any] = json.loads(content[8 : 8 + size].tobytes())
-        for key, entry in listed.items():
+        header: Mapping[str, Any] = json.loads(content[8 : 8 + size].tobytes())
+        for key, entry in header.items():
             if key == "__metadata__":
                 continue
             if entry["dtype"] != "BF16":

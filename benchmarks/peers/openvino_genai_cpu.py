@@ -59,10 +59,10 @@ class OpenVino(Generator):
     def _next(self, prompt: list[int]) -> int:
         ids = openvino.Tensor(np.array([prompt], dtype=np.int64))
         if self._cached:
-            found = self._pipeline.generate([ids], [self._settings])[0].m_generation_ids[0]
+            tokens = self._pipeline.generate([ids], [self._settings])[0].m_generation_ids[0]
         else:
-            found = self._pipeline.generate(ids, self._settings).tokens[0]
-        return int(found[0])
+            tokens = self._pipeline.generate(ids, self._settings).tokens[0]
+        return int(tokens[0])
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ class Transformers(Engine):
         began = time.perf_counter()
         prompts = [prompt for dialogue in request["prompts"] for prompt in dialogue]
         for at in range(0, len(prompts), _BATCH):
-            done = self._generate(prompts[at : at + _BATCH])
-            tokens += done.sequences[:, -1].tolist()
-            logits += done.logits[0][:, request["options"]].tolist()
+            output = self._generate(prompts[at : at + _BATCH])
+            tokens += output.sequences[:, -1].tolist()
+            logits += output.logits[0][:, request["options"]].tolist()
         return {"seconds": time.perf_counter() - began, "tokens": tokens, "logits": logits}
 
     def _generate(self, prompts: list[list[int]]) -> Any:

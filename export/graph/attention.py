@@ -7,7 +7,7 @@ from onnx import NodeProto, TensorProto
 
 from export.graph.nodes import Graph, add_node, attributes
 
-_LEAST_EXPONENT = -80.0
+_EXPONENT_FLOOR = -80.0
 """Floor under what goes into Exp, where every masked score lies. With AMX, ONNX Runtime's Exp is 15
 times slower where it underflows. exp(-80) is 2e-35: it changes no sum that has exp(0) in it."""
 
@@ -26,22 +26,22 @@ def sum_softmax_in_double(graph: Graph) -> None:
     Raises:
         ValueError: the graph has no softmax over its last axis.
     """
-    last = graph.constant("last_axis", np.array([-1], np.int64))
-    least = graph.constant("least_exponent", np.array(_LEAST_EXPONENT, np.float32))
-    found = False
+    last_axis = graph.constant("last_axis", np.array([-1], np.int64))
+    floor = graph.constant("least_exponent", np.array(_EXPONENT_FLOOR, np.float32))
+    has_softmax = False
     for node in graph.nodes:
         if node.op_type != "Softmax" or attributes(node).get("axis", -1) != -1:
             continue
-        found = True
+        has_softmax = True
         name = node.output[0]
         product = _product(graph, node)
-        part = name if product is not None else f"{name}_undivided"
-        nodes = _exponentials(graph, node.input[0], part, (last, least))
-        wide = add_node(nodes, "Cast", [part], f"{name}_wide", to=TensorProto.DOUBLE)
-        total = add_node(nodes, "ReduceSum", [wide, last], f"{name}_total", keepdims=1)
+        exponentials = name if product is not None else f"{name}_undivided"
+        nodes = _exponentials(graph, node.input[0], exponentials, (last_axis, floor))
+        wide = add_node(nodes, "Cast", [exponentials], f"{name}_wide", to=TensorProto.DOUBLE)
+        total = add_node(nodes, "ReduceSum", [wide, last_axis], f"{name}_total", keepdims=1)
         total = add_node(nodes, "Cast", [total], f"{name}_sum", to=TensorProto.FLOAT)
         if product is None:
-            add_node(nodes, "Div", [part, total], name)
+            add_node(nodes, "Div", [exponentials, total], name)
         else:
             output = product.output[0]
             divided: list[NodeProto] = []
@@ -49,7 +49,7 @@ def sum_softmax_in_double(graph: Graph) -> None:
             add_node(divided, "Div", [value, total], output)
             graph.replace(product, divided)
         graph.replace(node, nodes)
-    if not found:
+    if not has_softmax:
         raise ValueError("the graph has no attention to rewrite")
     graph.apply()
 
@@ -75,13 +75,13 @@ def _exponentials(
     graph: Graph, scores: str, name: str, constants: tuple[str, str]
 ) -> list[NodeProto]:
     """exp(scores - max) under `name`; the constants are the last axis and the least exponent."""
-    last, least = constants
+    last_axis, floor = constants
     nodes: list[NodeProto] = []
     if graph.opset < 18:
         peak = add_node(nodes, "ReduceMax", [scores], f"{name}_max", axes=[-1], keepdims=1)
     else:
-        peak = add_node(nodes, "ReduceMax", [scores, last], f"{name}_max", keepdims=1)
+        peak = add_node(nodes, "ReduceMax", [scores, last_axis], f"{name}_max", keepdims=1)
     below = add_node(nodes, "Sub", [scores, peak], f"{name}_below")
-    above = add_node(nodes, "Max", [below, least], f"{name}_above")
+    above = add_node(nodes, "Max", [below, floor], f"{name}_above")
     add_node(nodes, "Exp", [above], name)
     return nodes

@@ -12,7 +12,7 @@ from onnx import NodeProto
 
 from export.graph.nodes import MICROSOFT, Graph, add_node
 
-_END = np.iinfo(np.int64).max
+_SLICE_END = np.iinfo(np.int64).max
 """Where the exporter ends a slice that has no end."""
 
 
@@ -21,16 +21,16 @@ def fuse_rotations(graph: Graph) -> None:
 
     Llama and most others have it. cos and sin [packs, length, size] repeat the same half twice.
     """
-    prepared: dict[tuple[str, str], list[str]] = {}
+    tables: dict[tuple[str, str], list[str]] = {}
     for node in graph.nodes:
-        found = _rotation(graph, node) if node.op_type == "Add" else None
-        if found is None:
+        rotation = _rotation(graph, node) if node.op_type == "Add" else None
+        if rotation is None:
             continue
-        x, cos, sin, half = found
+        x, cos, sin, half = rotation
         nodes: list[NodeProto] = []
-        if (cos, sin) not in prepared:
-            prepared[cos, sin] = _tables(graph, cos, sin, half, nodes)
-        inputs = [x, *prepared[cos, sin]]
+        if (cos, sin) not in tables:
+            tables[cos, sin] = _tables(graph, cos, sin, half, nodes)
+        inputs = [x, *tables[cos, sin]]
         add_node(nodes, "RotaryEmbedding", inputs, node.output[0], domain=MICROSOFT)
         graph.replace(node, nodes)
     graph.apply()
@@ -38,21 +38,25 @@ def fuse_rotations(graph: Graph) -> None:
 
 def _rotation(graph: Graph, node: NodeProto) -> tuple[str, str, str, str] | None:
     """(x, cos, sin, the name of half their size) of a sum that is a rotation."""
-    straight, turned = (graph.producers.get(name) for name in node.input)
-    if straight is None or turned is None or not straight.op_type == turned.op_type == "Mul":
+    cos_product, sin_product = (graph.producers.get(name) for name in node.input)
+    if (
+        cos_product is None
+        or sin_product is None
+        or not cos_product.op_type == sin_product.op_type == "Mul"
+    ):
         return None
-    x = straight.input[0]
-    half = _half_turned(graph, turned.input[0], x)
-    cos, sin = (_unsqueezed(graph, factor.input[1]) for factor in (straight, turned))
+    x = cos_product.input[0]
+    half = _match_rotate_half(graph, sin_product.input[0], x)
+    cos, sin = (_unsqueezed(graph, factor.input[1]) for factor in (cos_product, sin_product))
     return None if half is None or cos is None or sin is None else (x, cos, sin, half)
 
 
-def _half_turned(graph: Graph, name: str, x: str) -> str | None:
+def _match_rotate_half(graph: Graph, name: str, x: str) -> str | None:
     """The name of the half size, where a value is x with its second half negated and first."""
-    whole = graph.producers.get(name)
-    if whole is None or whole.op_type != "Concat" or len(whole.input) != 2:
+    concat = graph.producers.get(name)
+    if concat is None or concat.op_type != "Concat" or len(concat.input) != 2:
         return None
-    negated, first = (graph.producers.get(part) for part in whole.input)
+    negated, first = (graph.producers.get(part) for part in concat.input)
     if negated is None or negated.op_type != "Neg" or first is None:
         return None
     second = graph.producers.get(negated.input[0])
@@ -68,7 +72,12 @@ def _half_turned(graph: Graph, name: str, x: str) -> str | None:
         first.input[2],
         graph.integer(second.input[2]),
     )
-    if begins != 0 or steps != [1, 1] or end != _END or not graph.same(middle, second.input[1]):
+    if (
+        begins != 0
+        or steps != [1, 1]
+        or end != _SLICE_END
+        or not graph.same(middle, second.input[1])
+    ):
         return None
     return str(middle)
 
@@ -95,7 +104,7 @@ def _tables(graph: Graph, cos: str, sin: str, half: str, nodes: list[NodeProto])
         tables.append(add_node(nodes, "Flatten", [part], f"{name}_table", axis=2))
     shape = add_node(nodes, "Shape", [cos], f"{cos}_places_shape", end=2)
     count = add_node(nodes, "ReduceProd", [shape], f"{cos}_places_count", keepdims=0)
-    none = constant("integer_0", np.array(0, np.int64))
+    zero = constant("integer_0", np.array(0, np.int64))
     one = constant("integer_1", np.array(1, np.int64))
-    places = add_node(nodes, "Range", [none, count, one], f"{cos}_places_row")
-    return [add_node(nodes, "Reshape", [places, shape], f"{cos}_places"), *tables]
+    positions = add_node(nodes, "Range", [zero, count, one], f"{cos}_places_row")
+    return [add_node(nodes, "Reshape", [positions, shape], f"{cos}_places"), *tables]

@@ -20,7 +20,7 @@ Axes = list[int | None]
 axes; None for an input that every row takes whole."""
 
 _READS = "reads"
-_ALONG = frozenset(
+_AXIS_OPERATORS = frozenset(
     "Concat LayerNormalization LogSoftmax ReduceMax ReduceMean ReduceSum ReduceSumSquare Slice "
     "Softmax Split".split()
 )
@@ -35,51 +35,51 @@ def narrow(graph: Graph) -> None:
     shapes = infer_shapes(graph)
     gatherings = [n for n in graph.nodes if n.op_type == "Gather" and n.input[1] == _READS]
     rows: dict[str, int] = {}  # value -> the axis of its rows
-    places: dict[str, list[tuple[NodeProto, int]]] = {}  # value -> nodes that need only rows of it
+    readers: dict[str, list[tuple[NodeProto, int]]] = {}  # value -> nodes that need only rows of it
     for node in gatherings:
         rows[node.input[0]] = attributes(node).get("axis", 0)
-        places.setdefault(node.input[0], []).append((node, 0))
-    inside: set[str] = set()
+        readers.setdefault(node.input[0], []).append((node, 0))
+    narrowed: set[str] = set()
     for node in reversed(graph.nodes):
         outputs = [output for output in node.output if output in graph.users]
-        along = {rows.get(output) for output in outputs}
-        if any(len(places.get(output, ())) < len(graph.users[output]) for output in outputs):
+        row_axes = {rows.get(output) for output in outputs}
+        if any(len(readers.get(output, ())) < len(graph.users[output]) for output in outputs):
             continue
-        (axis,) = along if len(along) == 1 else (None,)
+        (axis,) = row_axes if len(row_axes) == 1 else (None,)
         axes = None if axis is None else _input_axes(graph, node, axis, shapes)
-        read = [(n, v, axes[n]) for n, v in enumerate(node.input)] if axes else []
-        if not axes or any(a is not None and rows.get(v, a) != a for _, v, a in read):
+        inputs = [(n, v, axes[n]) for n, v in enumerate(node.input)] if axes else []
+        if not axes or any(a is not None and rows.get(v, a) != a for _, v, a in inputs):
             continue
-        inside.update(outputs)
-        for number, value, own in read:
-            if own is not None:
-                rows[value] = own
-                places.setdefault(value, []).append((node, number))
+        narrowed.update(outputs)
+        for number, value, input_axis in inputs:
+            if input_axis is not None:
+                rows[value] = input_axis
+                readers.setdefault(value, []).append((node, number))
     for node in gatherings:
         node.op_type = "Identity"
         del node.input[1:], node.attribute[:]
-    _put(graph, {v: p for v, p in places.items() if v not in inside}, rows)
+    _insert_gathers(graph, {v: p for v, p in readers.items() if v not in narrowed}, rows)
     graph.apply()
 
 
-def _put(
+def _insert_gathers(
     graph: Graph,
-    places: Mapping[str, Sequence[tuple[NodeProto, int]]],
+    readers: Mapping[str, Sequence[tuple[NodeProto, int]]],
     rows: Mapping[str, int],
 ) -> None:
     """Gather the rows of these values before the first node that needs no more of them."""
     order = {node.output[0]: place for place, node in enumerate(graph.nodes)}
-    before: dict[str, list[NodeProto]] = {}
-    for value, needing in places.items():
+    gathers_before: dict[str, list[NodeProto]] = {}
+    for value, uses in readers.items():
         name = f"{value}_read"
         while name in graph.producers:  # by an earlier time
             name += "_again"
-        for node, number in needing:
+        for node, number in uses:
             node.input[number] = name
-        first = min((node.output[0] for node, _ in needing), key=order.__getitem__)
-        gathered = before.setdefault(first, [])
-        add_node(gathered, "Gather", [value, _READS], name, axis=rows[value])
-    for output, nodes in before.items():
+        first = min((node.output[0] for node, _ in uses), key=order.__getitem__)
+        gathers = gathers_before.setdefault(first, [])
+        add_node(gathers, "Gather", [value, _READS], name, axis=rows[value])
+    for output, nodes in gathers_before.items():
         node = graph.producers[output]
         graph.replace(node, [*nodes, node])
 
@@ -96,69 +96,81 @@ def _input_axes(
         or not isinstance(output[axis], str)
     ):
         return None
-    given = [shape for shape in inputs if shape is not None]
+    input_shapes = [shape for shape in inputs if shape is not None]
     from_end = len(output) - axis
     if kind in BY_ELEMENT:
         return [
             len(shape) - from_end if len(shape) >= from_end and shape[-from_end] != 1 else None
-            for shape in given
+            for shape in input_shapes
         ]
-    if kind in _ALONG:
-        return _along(graph, node, axis, given)
+    if kind in _AXIS_OPERATORS:
+        return _axes_along(graph, node, axis, input_shapes)
     if kind in ("MatMul", "Gemm"):
-        return _product(node, from_end, given)
+        return _product_axes(node, from_end, input_shapes)
     if kind == "Transpose":
         return [attributes(node)["perm"][axis]]
     if kind == "Unsqueeze":
-        place = graph.integer(node.input[1])
-        if place is None:
+        changed_axis = graph.integer(node.input[1])
+        if changed_axis is None:
             return None
-        place %= len(output)
-        return None if place == axis else [axis - (place < axis), None]
-    if kind == "Gather" and given[1] == ():
-        place = attributes(node).get("axis", 0) % len(given[0])
-        return [axis + (place <= axis), None]
+        changed_axis %= len(output)
+        return None if changed_axis == axis else [axis - (changed_axis < axis), None]
+    if kind == "Gather" and input_shapes[1] == ():
+        changed_axis = attributes(node).get("axis", 0) % len(input_shapes[0])
+        return [axis + (changed_axis <= axis), None]
     if kind in ("Reshape", "Expand") and node.input[1].endswith(TARGET):
-        return _reshaped(kind, axis, given[0], output)
+        return _reshape_axes(kind, axis, input_shapes[0], output)
     return None
 
 
-def _along(graph: Graph, node: NodeProto, axis: int, given: Sequence[Shape]) -> Axes | None:
+def _axes_along(
+    graph: Graph, node: NodeProto, axis: int, input_shapes: Sequence[Shape]
+) -> Axes | None:
     options = attributes(node)
     if "axis" in options or "axes" in options:
-        along = options.get("axis", options.get("axes"))
-        along = along[0] if isinstance(along, Sequence) and len(along) == 1 else along
+        operator_axis = options.get("axis", options.get("axes"))
+        operator_axis = (
+            operator_axis[0]
+            if isinstance(operator_axis, Sequence) and len(operator_axis) == 1
+            else operator_axis
+        )
     elif node.op_type in ("Slice", "ReduceSum", "ReduceMax", "ReduceMean"):
-        at = 3 if node.op_type == "Slice" else 1
-        along = graph.integer(node.input[at]) if len(node.input) > at else None
+        axis_input = 3 if node.op_type == "Slice" else 1
+        operator_axis = (
+            graph.integer(node.input[axis_input]) if len(node.input) > axis_input else None
+        )
     else:
-        along = -1
-    if not isinstance(along, int) or not options.get("keepdims", 1):
+        operator_axis = -1
+    if not isinstance(operator_axis, int) or not options.get("keepdims", 1):
         return None
-    if along % len(given[0]) == axis or (node.op_type == "LayerNormalization" and along != -1):
+    if operator_axis % len(input_shapes[0]) == axis or (
+        node.op_type == "LayerNormalization" and operator_axis != -1
+    ):
         return None
     if node.op_type == "Concat":
-        return [axis] * len(given)
-    return [axis] + [None] * (len(given) - 1)
+        return [axis] * len(input_shapes)
+    return [axis] + [None] * (len(input_shapes) - 1)
 
 
-def _product(node: NodeProto, from_end: int, given: Sequence[Shape]) -> Axes | None:
-    first, second = given[:2]
+def _product_axes(node: NodeProto, from_end: int, input_shapes: Sequence[Shape]) -> Axes | None:
+    first, second = input_shapes[:2]
     if from_end < 2 or attributes(node).get("transA", 0):
         return None
     if from_end > 2 and len(second) > 2:  # one of several products at once
         return None
-    added = [0 if len(shape) == 2 and shape[0] != 1 else None for shape in given[2:]]
-    return [len(first) - from_end, None, *added]
+    bias_axes = [0 if len(shape) == 2 and shape[0] != 1 else None for shape in input_shapes[2:]]
+    return [len(first) - from_end, None, *bias_axes]
 
 
-def _reshaped(kind: str, axis: int, before: Shape, after: Shape) -> Axes | None:
+def _reshape_axes(kind: str, axis: int, before: Shape, after: Shape) -> Axes | None:
     """Rows stay rows where as much stands before them as did."""
     if kind == "Expand":
-        own = axis - (len(after) - len(before))
-        return [own, None] if own >= 0 and before[own] == after[axis] else None
+        before_axis = axis - (len(after) - len(before))
+        return (
+            [before_axis, None] if before_axis >= 0 and before[before_axis] == after[axis] else None
+        )
     leading = [size for size in after[:axis] if size != 1]
-    for own, size in enumerate(before):
-        if size == after[axis] and [s for s in before[:own] if s != 1] == leading:
-            return [own, None]
+    for before_axis, size in enumerate(before):
+        if size == after[axis] and [s for s in before[:before_axis] if s != 1] == leading:
+            return [before_axis, None]
     return None

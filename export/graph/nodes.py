@@ -21,9 +21,9 @@ MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operators."""
 TRANSPOSED = "_transposed"
 """Ends the name of a weight that is stored as the product takes it, [inputs, outputs]."""
-_OUTSIDE = 1024
+_EXTERNAL_BYTES = 1024
 """Bytes from which a constant goes into the data file, where there is one."""
-_LARGEST_GRAPH = 3 << 29
+_MAX_GRAPH_BYTES = 3 << 29
 """Bytes from which a model has such a file: protobuf ends at 2 GiB."""
 
 
@@ -68,7 +68,7 @@ class Graph:
 
     def _index(self) -> None:
         nodes = self.model.graph.node
-        self._instead: dict[str, list[NodeProto]] = {}
+        self._replacements: dict[str, list[NodeProto]] = {}
         self.producers = {name: node for node in nodes for name in node.output}
         self.users: dict[str, list[NodeProto]] = {}
         for node in nodes:
@@ -100,8 +100,8 @@ class Graph:
     def value(self, name: str) -> Array:
         """A constant's value, in float32."""
         if name in self._weights:
-            found: Array = self._weights[name].detach().float().cpu().numpy()
-            return found
+            weight: Array = self._weights[name].detach().float().cpu().numpy()
+            return weight
         return numpy_helper.to_array(self._constants[name])
 
     def is_matrix(self, name: str) -> bool:
@@ -146,8 +146,8 @@ class Graph:
 
     def products(self) -> list[Product]:
         """Every product with a constant float matrix: MatMul, and Gemm without scaling."""
-        found = (self.product(node) for node in self.nodes)
-        return [product for product in found if product is not None]
+        products = (self.product(node) for node in self.nodes)
+        return [product for product in products if product is not None]
 
     def product(self, node: NodeProto) -> Product | None:
         """The node as a product with a constant float matrix, or None."""
@@ -158,11 +158,11 @@ class Graph:
             return None
         flipped = bool(options.get("transB", 0))
         weight = self.source(node.input[1])
-        turned = self.producers.get(weight)
-        if turned is not None and turned.op_type == "Transpose":
-            if list(attributes(turned).get("perm", (1, 0))) != [1, 0]:
+        transposition = self.producers.get(weight)
+        if transposition is not None and transposition.op_type == "Transpose":
+            if list(attributes(transposition).get("perm", (1, 0))) != [1, 0]:
                 return None
-            weight, flipped = self.source(turned.input[0]), not flipped
+            weight, flipped = self.source(transposition.input[0]), not flipped
         if not self.is_matrix(weight):
             return None
         bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
@@ -175,31 +175,31 @@ class Graph:
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
         """Add a constant; one that is there already stays as it is."""
         if name not in self._added:
-            if self._data is None or value.nbytes < _OUTSIDE:
+            if self._data is None or value.nbytes < _EXTERNAL_BYTES:
                 self._added[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
             else:
-                self._added[name] = _written(self._data, name, value)
+                self._added[name] = _write_constant(self._data, name, value)
         return name
 
     def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
         """Put these nodes where that one stands."""
-        self._instead[node.output[0]] = nodes
+        self._replacements[node.output[0]] = nodes
 
     def apply(self) -> None:
         """Put the new nodes in, and drop those that nothing reads any more."""
         nodes: list[NodeProto] = []
         for node in self.nodes:
-            nodes += self._instead.get(node.output[0], [node])
+            nodes += self._replacements.get(node.output[0], [node])
         needed = set(self._outputs)
-        kept: list[NodeProto] = []
+        live_nodes: list[NodeProto] = []
         for node in reversed(nodes):
             if needed.intersection(node.output):
-                kept.append(node)
+                live_nodes.append(node)
                 needed.update(node.input)
         del self.model.graph.node[:]
-        self.model.graph.node.extend(reversed(kept))
+        self.model.graph.node.extend(reversed(live_nodes))
         domains = {opset.domain for opset in self.model.opset_import}
-        if MICROSOFT not in domains and any(node.domain == MICROSOFT for node in kept):
+        if MICROSOFT not in domains and any(node.domain == MICROSOFT for node in live_nodes):
             self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
         self._index()
 
@@ -216,7 +216,7 @@ class Graph:
         """The graph with the constants that it reads, in the layout in which it reads them."""
         self.apply()
         graph = self.model.graph
-        nodes = self._settled()
+        nodes = self._folded_nodes()
         del graph.node[:]
         graph.node.extend(nodes)
         self._index()
@@ -232,10 +232,10 @@ class Graph:
         self._weights = {}
         return self.model
 
-    def _settled(self) -> list[NodeProto]:
+    def _folded_nodes(self) -> list[NodeProto]:
         """The nodes, without copies and transpositions of constants."""
         names: dict[str, str] = {}
-        kept = []
+        nodes = []
         for node in self.nodes:
             for i, name in enumerate(node.input):
                 node.input[i] = names.get(name, name)
@@ -243,13 +243,13 @@ class Graph:
             if node.op_type == "Identity" and self.shape(first) is not None:
                 names[node.output[0]] = first
             elif node.op_type == "Transpose" and self.shape(first) is not None:
-                turned = first + TRANSPOSED
-                if turned not in self._added:
-                    self.constant(turned, self.value(first).transpose(attributes(node)["perm"]))
-                names[node.output[0]] = turned
+                transposed = first + TRANSPOSED
+                if transposed not in self._added:
+                    self.constant(transposed, self.value(first).transpose(attributes(node)["perm"]))
+                names[node.output[0]] = transposed
             else:
-                kept.append(node)
-        return kept
+                nodes.append(node)
+        return nodes
 
     def save(self, path: Path) -> None:
         """Write the graph; large constants are in its data file already.
@@ -261,23 +261,23 @@ class Graph:
         onnx.checker.check_model(str(path))
 
 
-def _written(path: Path, name: str, value: npt.NDArray[np.generic]) -> TensorProto:
+def _write_constant(path: Path, name: str, value: npt.NDArray[np.generic]) -> TensorProto:
     """A constant that is added to a data file, its bytes copied no more often than they must be."""
     kind = helper.np_dtype_to_tensor_dtype(value.dtype)
     tensor = TensorProto(
         name=name, dims=value.shape, data_type=kind, data_location=TensorProto.EXTERNAL
     )
     with path.open("ab") as file:
-        place = {"location": path.name, "offset": file.tell(), "length": value.nbytes}
+        location = {"location": path.name, "offset": file.tell(), "length": value.nbytes}
         np.ascontiguousarray(value).tofile(file)
-    for key, told in place.items():
-        tensor.external_data.add(key=key, value=str(told))
+    for key, entry in location.items():
+        tensor.external_data.add(key=key, value=str(entry))
     return tensor
 
 
 def data_file(folder: Path, size: float) -> Path | None:
     """The file for the constants of a model of `size` bytes; None to keep them in the graph."""
-    return folder / bundle.MODEL_DATA if size >= _LARGEST_GRAPH else None
+    return folder / bundle.MODEL_DATA if size >= _MAX_GRAPH_BYTES else None
 
 
 def add_node(

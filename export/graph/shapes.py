@@ -33,13 +33,13 @@ def infer_shapes(graph: Graph) -> Mapping[str, Shape]:
         from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
         model = SymbolicShapeInference.infer_shapes(graph.copy(), auto_merge=True)
-    named = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-    found: dict[str, Shape] = {}
-    for value in named:
+    value_infos = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    shapes: dict[str, Shape] = {}
+    for value in value_infos:
         if value.type.tensor_type.HasField("shape"):
             sizes = value.type.tensor_type.shape.dim
-            found[value.name] = tuple(size.dim_param or size.dim_value for size in sizes)
-    return found
+            shapes[value.name] = tuple(size.dim_param or size.dim_value for size in sizes)
+    return shapes
 
 
 def settle_shapes(graph: Graph) -> None:
@@ -50,20 +50,20 @@ def settle_shapes(graph: Graph) -> None:
     They stood at the end of chains that took the sizes of values apart and put them together.
     """
     shapes = infer_shapes(graph)
-    known: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for node in graph.nodes:
         for number, name in enumerate(node.input):
-            node.input[number] = known.get(name, name)
+            node.input[number] = replacements.get(name, name)
         target = _target(node, shapes)
         size = _size(graph, node, shapes)
         if node.op_type == "Slice" and _takes_all(graph, node, shapes):
-            known[node.output[0]] = node.input[0]
+            replacements[node.output[0]] = node.input[0]
         elif target is not None:
             name = graph.constant(f"{node.output[0]}{TARGET}", np.array(target, np.int64))
             node.input[1] = name
         elif size is not None:
             name = f"{'sizes' if size.ndim else 'size'}_{size.item()}"
-            known[node.output[0]] = graph.constant(name, size)
+            replacements[node.output[0]] = graph.constant(name, size)
     graph.apply()
 
 
@@ -79,12 +79,12 @@ def _size(
 ) -> npt.NDArray[np.int64] | None:
     """The one size that a node takes out of the shape of a value, where it is known."""
     source = graph.producers.get(node.input[0]) if node.op_type == "Gather" else None
-    taken = shapes.get(node.output[0])
-    if source is None or source.op_type != "Shape" or taken not in ((), (1,)):
+    output_shape = shapes.get(node.output[0])
+    if source is None or source.op_type != "Shape" or output_shape not in ((), (1,)):
         return None
-    place, shape = graph.integer(node.input[1]), shapes.get(source.input[0])
-    size = None if place is None or shape is None else shape[place]
-    return np.full(taken, size, np.int64) if isinstance(size, int) else None
+    axis, shape = graph.integer(node.input[1]), shapes.get(source.input[0])
+    size = None if axis is None or shape is None else shape[axis]
+    return np.full(output_shape, size, np.int64) if isinstance(size, int) else None
 
 
 def _target(node: NodeProto, shapes: Mapping[str, Shape]) -> list[int] | None:
@@ -95,11 +95,11 @@ def _target(node: NodeProto, shapes: Mapping[str, Shape]) -> list[int] | None:
         return open_target(after)
     if before is None:
         return None
-    same = (1,) * (len(after) - len(before)) + before
+    padded = (1,) * (len(after) - len(before)) + before
     # A size of one leaves what is there as it is.
-    kept = [1 if size == was else size for size, was in zip(after, same, strict=True)]
-    sizes = [size for size in kept if isinstance(size, int)]
-    return sizes if len(sizes) == len(kept) else None
+    target = [1 if size == was else size for size, was in zip(after, padded, strict=True)]
+    sizes = [size for size in target if isinstance(size, int)]
+    return sizes if len(sizes) == len(target) else None
 
 
 def open_target(shape: Shape) -> list[int] | None:

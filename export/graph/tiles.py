@@ -21,7 +21,7 @@ from export.graph.shapes import BY_ELEMENT, Shape, infer_shapes
 
 TILES = 8
 """In every graph: more make the smallest packs slower than they make the largest ones faster."""
-_ON_SCORES = frozenset("Add Cast Div Identity Mul Sub Tanh".split())
+_SCORE_OPERATORS = frozenset("Add Cast Div Identity Mul Sub Tanh".split())
 """What may happen to scores between the product of queries and keys and the softmax."""
 
 
@@ -46,33 +46,33 @@ class _Parts:
     shapes: Mapping[str, Shape]
     length: str
     keys: Sequence[str]
-    made: dict[str, list[str]] = field(default_factory=dict)
+    by_value: dict[str, list[str]] = field(default_factory=dict)
 
     def of(self, value: str, nodes: list[NodeProto]) -> list[str]:
         """The part for each tile of a value that is broadcast to scores.
 
         What is computed element by element, as a mask is, is computed for each tile.
         """
-        if value not in self.made:
+        if value not in self.by_value:
             rows, keys = (size == self.length for size in (1, 1, *self._shape(value))[-2:])
             node = self.graph.producers.get(value)
             if rows and keys and node is not None and self._by_element(node):
-                self.made[value] = self._computed(node, nodes)
+                self.by_value[value] = self._computed(node, nodes)
             else:
-                found = self.rows(value, nodes) if rows else [value] * len(self.keys)
+                parts = self.rows(value, nodes) if rows else [value] * len(self.keys)
                 if keys:
-                    found = [
+                    parts = [
                         add_node(nodes, "Gather", [part, index], f"{value}_tile_{n}", axis=-1)
-                        for n, (part, index) in enumerate(zip(found, self.keys, strict=True))
+                        for n, (part, index) in enumerate(zip(parts, self.keys, strict=True))
                     ]
-                self.made[value] = found
-        return self.made[value]
+                self.by_value[value] = parts
+        return self.by_value[value]
 
     def rows(self, value: str, nodes: list[NodeProto]) -> list[str]:
         """The rows of each tile along the last axis but one."""
-        found = [f"{value}_rows_{n}" for n in range(len(self.keys))]
-        nodes.append(helper.make_node("Split", [value, ROW_COUNTS], found, axis=-2))
-        return found
+        names = [f"{value}_rows_{n}" for n in range(len(self.keys))]
+        nodes.append(helper.make_node("Split", [value, ROW_COUNTS], names, axis=-2))
+        return names
 
     def _shape(self, value: str) -> Shape:
         return self.shapes.get(value, self.graph.shape(value) or ())
@@ -84,14 +84,14 @@ class _Parts:
         return node.op_type in BY_ELEMENT
 
     def _computed(self, node: NodeProto, nodes: list[NodeProto]) -> list[str]:
-        whole = node.op_type == "Unsqueeze"
+        is_unsqueeze = node.op_type == "Unsqueeze"
         inputs = [
-            [name] * len(self.keys) if whole and number else self.of(name, nodes)
+            [name] * len(self.keys) if is_unsqueeze and number else self.of(name, nodes)
             for number, name in enumerate(node.input)
         ]
         return [
-            again(node, list(own), f"{node.output[0]}_tile_{n}", nodes)
-            for n, own in enumerate(zip(*inputs, strict=True))
+            copy_node(node, list(tile_inputs), f"{node.output[0]}_tile_{n}", nodes)
+            for n, tile_inputs in enumerate(zip(*inputs, strict=True))
         ]
 
 
@@ -108,7 +108,7 @@ def tile_attention(graph: Graph) -> int:
     shapes = infer_shapes(graph)
     length = shapes["tokens"][1]
     assert isinstance(length, str)  # the axis is dynamic
-    found = [
+    attentions = [
         attention
         for node in graph.nodes
         if node.op_type == "Softmax"
@@ -116,14 +116,14 @@ def tile_attention(graph: Graph) -> int:
         and (attention := _attention(graph, node, shapes)) is not None
     ]
     keys = [f"{KEYS}_{n}" for n in range(TILES)]
-    first = [helper.make_node("Split", [KEYS, KEY_COUNTS], keys, axis=0)]
+    key_split = [helper.make_node("Split", [KEYS, KEY_COUNTS], keys, axis=0)]
     parts = _Parts(graph, shapes, length, keys)
-    for attention in found:
+    for attention in attentions:
         nodes = _tiled(graph, attention, parts)
-        graph.replace(attention.product, [*first, *nodes])
-        first = []
+        graph.replace(attention.product, [*key_split, *nodes])
+        key_split = []
     graph.apply()
-    return len(found)
+    return len(attentions)
 
 
 def _attention(graph: Graph, softmax: NodeProto, shapes: Mapping[str, Shape]) -> _Attention | None:
@@ -135,7 +135,7 @@ def _attention(graph: Graph, softmax: NodeProto, shapes: Mapping[str, Shape]) ->
             return None
         if node.op_type == "MatMul":
             break
-        if node.op_type not in _ON_SCORES:
+        if node.op_type not in _SCORE_OPERATORS:
             return None
         # The scores come first, or the operator takes its inputs in any order.
         shape = shapes[softmax.output[0]]
@@ -159,32 +159,34 @@ def _attention(graph: Graph, softmax: NodeProto, shapes: Mapping[str, Shape]) ->
 
 def _tiled(graph: Graph, attention: _Attention, parts: _Parts) -> list[NodeProto]:
     nodes: list[NodeProto] = []
-    queries, turned = attention.scores.input
+    queries, transposed_keys = attention.scores.input
     values = attention.product.input[1]
     output = attention.product.output[0]
     dimensions = len(parts.shapes[attention.scores.output[0]])
-    straight = [*range(dimensions - 2), dimensions - 1, dimensions - 2]
-    keys = _turned(graph, turned, straight, nodes)
+    permutation = [*range(dimensions - 2), dimensions - 1, dimensions - 2]
+    keys = _untransposed(graph, transposed_keys, permutation, nodes)
     results = []
     rows = parts.rows(queries, nodes)
     for number, index in enumerate(parts.keys):
-        own = {}
+        gathered = {}
         for name in (keys, values):
-            own[name] = f"{name}_tile_{number}"
-            add_node(nodes, "Gather", [name, index], own[name], axis=dimensions - 2)
-        back = add_node(nodes, "Transpose", [own[keys]], f"{own[keys]}_turned", perm=straight)
+            gathered[name] = f"{name}_tile_{number}"
+            add_node(nodes, "Gather", [name, index], gathered[name], axis=dimensions - 2)
+        transposed = add_node(
+            nodes, "Transpose", [gathered[keys]], f"{gathered[keys]}_turned", perm=permutation
+        )
         scores = f"{attention.scores.output[0]}_{number}"
-        add_node(nodes, "MatMul", [rows[number], back], scores)
+        add_node(nodes, "MatMul", [rows[number], transposed], scores)
         for node in attention.between:
             others = [parts.of(name, nodes)[number] for name in node.input[1:]]
-            scores = again(node, [scores, *others], f"{node.output[0]}_{number}", nodes)
+            scores = copy_node(node, [scores, *others], f"{node.output[0]}_{number}", nodes)
         results.append(f"{output}_{number}")
-        add_node(nodes, "MatMul", [scores, own[values]], results[-1])
+        add_node(nodes, "MatMul", [scores, gathered[values]], results[-1])
     add_node(nodes, "Concat", results, output, axis=dimensions - 2)
     return nodes
 
 
-def again(node: NodeProto, inputs: Sequence[str], output: str, nodes: list[NodeProto]) -> str:
+def copy_node(node: NodeProto, inputs: Sequence[str], output: str, nodes: list[NodeProto]) -> str:
     """Append a node like this one, on other inputs; the name of its output."""
     copied = NodeProto()
     copied.CopyFrom(node)
@@ -196,13 +198,15 @@ def again(node: NodeProto, inputs: Sequence[str], output: str, nodes: list[NodeP
     return output
 
 
-def _turned(graph: Graph, name: str, straight: Sequence[int], nodes: list[NodeProto]) -> str:
+def _untransposed(
+    graph: Graph, name: str, permutation: Sequence[int], nodes: list[NodeProto]
+) -> str:
     """A value whose last two axes are exchanged, as it was before that."""
     node = graph.producers.get(name)
-    order = list(straight)
+    order = list(permutation)
     if node is not None and node.op_type == "Transpose":
         before = attributes(node)["perm"]
-        name, order = node.input[0], [before[place] for place in straight]
+        name, order = node.input[0], [before[place] for place in permutation]
     if order == sorted(order):
         return name
     return add_node(nodes, "Transpose", [name], f"{name}_straight", perm=order)

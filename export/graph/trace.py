@@ -34,23 +34,23 @@ class _Called(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         (module,) = self._called
-        real = list(module.parameters())
-        count = len(inputs) - len(real)
-        given = dict(zip(real, inputs[count:], strict=True))
+        parameters = list(module.parameters())
+        count = len(inputs) - len(parameters)
+        inputs_by_parameter = dict(zip(parameters, inputs[count:], strict=True))
         # By places, of which tied parameters have several; a bias that there isn't is None.
-        held = [
+        slots = [
             (part._parameters, name, parameter)
             for part in module.modules()
             for name, parameter in part._parameters.items()
             if parameter is not None
         ]
         try:
-            for parameters, name, parameter in held:
-                parameters[name] = given[parameter]  # type: ignore[assignment]
+            for owner, name, parameter in slots:
+                owner[name] = inputs_by_parameter[parameter]  # type: ignore[assignment]
             return module(*inputs[:count])
         finally:
-            for parameters, name, parameter in held:
-                parameters[name] = parameter
+            for owner, name, parameter in slots:
+                owner[name] = parameter
 
 
 def trace(
@@ -70,7 +70,7 @@ def trace(
         path = Path(folder) / "traced.onnx"
         module.eval()
         weights = {name: tensor.data for name, tensor in module.named_parameters()}
-        hollow = tuple(
+        placeholders = tuple(
             # Numbers of their own: the exporter makes one of what is equal.
             torch.tensor(1 + number / 1024).expand(tensor.shape)
             for number, tensor in enumerate(weights.values())
@@ -78,7 +78,7 @@ def trace(
         with _float_buffers(module), torch.inference_mode():
             torch.onnx.export(
                 _Called(module),
-                (*example, *hollow),
+                (*example, *placeholders),
                 path,
                 input_names=[*inputs, *weights],
                 output_names=list(outputs),
@@ -93,11 +93,11 @@ def trace(
 
 @contextmanager
 def _float_buffers(module: nn.Module) -> Iterator[None]:
-    real = {tensor: tensor.data for tensor in module.buffers() if tensor.is_floating_point()}
+    originals = {tensor: tensor.data for tensor in module.buffers() if tensor.is_floating_point()}
     try:
-        for tensor in real:
+        for tensor in originals:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, value in real.items():
+        for tensor, value in originals.items():
             tensor.data = value

@@ -24,7 +24,7 @@ _SHRINKAGE = 4.0
 """Penalty on the offsets' squares in `fit_label_shift`. docs/results.md compares other values."""
 PRECISIONS = (0.8, 0.9, 0.95)
 """For which a least confidence is recommended."""
-_FEWEST = 30
+_MIN_ANSWERED = 30
 """Utterances above a least confidence, at least, for its precision to be told."""
 
 
@@ -53,14 +53,15 @@ class Calibrated:
 
 
 def calibrate_sets(
-    found: Iterable[tuple[str, Predictions]], *, label_shift: bool = False
+    set_predictions: Iterable[tuple[str, Predictions]], *, label_shift: bool = False
 ) -> dict[str, Calibrated]:
     """Label set -> its calibration, from (label set, what is said of a dataset that has it)."""
-    alike: dict[str, list[Predictions]] = {}
-    for labels, predictions in found:
-        alike.setdefault(labels, []).append(predictions)
+    by_label_set: dict[str, list[Predictions]] = {}
+    for labels, predictions in set_predictions:
+        by_label_set.setdefault(labels, []).append(predictions)
     return {
-        labels: calibrate(several, label_shift=label_shift) for labels, several in alike.items()
+        labels: calibrate(datasets, label_shift=label_shift)
+        for labels, datasets in by_label_set.items()
     }
 
 
@@ -70,7 +71,7 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
     It is a temperature, and with `label_shift` an offset for each label too. Each dataset has the
     same weight in the fit, whatever its size, so that no domain decides alone.
 
-    The figures are cross-validated over dialogues in five parts: each part is scaled by what was
+    The metrics are cross-validated over dialogues in five parts: each part is scaled by what was
     fitted on the other four. If that makes the gold labels no likelier, the temperature stays 1
     and there are no offsets. `error_if_perfect` is the calibration error that true probabilities
     would have on the same number of utterances, by chance.
@@ -82,8 +83,8 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
     fit = fit_label_shift if label_shift else fit_temperature
     after = np.zeros_like(logs)
     for part in range(_FOLDS):
-        held = fold == part
-        after[held] = fit(logs[~held], gold[~held], weights[~held])(logs[held])
+        held_out = fold == part
+        after[held_out] = fit(logs[~held_out], gold[~held_out], weights[~held_out])(logs[held_out])
     scaling, plain = fit(logs, gold, weights), calibrated(logs, 1.0)
     if _likelihood(after, gold, weights) <= _likelihood(plain, gold, weights):
         scaling, after = Scaling(), plain
@@ -107,14 +108,16 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
     )
 
 
-def calibration_error(found: Predictions) -> float:
+def calibration_error(predictions: Predictions) -> float:
     """The calibration error of one dataset's answers."""
-    return _error(found.probabilities, found.gold)
+    return _error(predictions.probabilities, predictions.gold)
 
 
-def scaled(found: Predictions, scaling: Scaling) -> Predictions:
+def scaled(predictions: Predictions, scaling: Scaling) -> Predictions:
     """A dataset's answers as a bundle with this scaling gives them."""
-    return replace(found, probabilities=scaling(np.log(found.probabilities.clip(1e-12))))
+    return replace(
+        predictions, probabilities=scaling(np.log(predictions.probabilities.clip(1e-12)))
+    )
 
 
 def _error(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
@@ -135,14 +138,14 @@ def _perfect_error(probabilities: Floats) -> float:
 
 def recommend(confidence: Floats, right: npt.NDArray[np.bool_], precision: float) -> Recommendation:
     """The lowest `--min-confidence`, in steps of 0.01, whose answers are right that often."""
-    for least in range(100):
-        answered = confidence >= least / 100
-        if answered.sum() < _FEWEST:
+    for percent in range(100):
+        answered = confidence >= percent / 100
+        if answered.sum() < _MIN_ANSWERED:
             break
         if right[answered].mean() >= precision:
             share = round(float(answered.mean()), 4)
             count, correct = int(answered.sum()), int(right[answered].sum())
-            return Recommendation(precision, least / 100, share, count, correct)
+            return Recommendation(precision, percent / 100, share, count, correct)
     return Recommendation(precision)
 
 
@@ -181,21 +184,25 @@ def fit_label_shift(
     """
     if not len(gold):
         return Scaling()
-    given, right = torch.from_numpy(logs), torch.from_numpy(gold)
+    inputs, targets = torch.from_numpy(logs), torch.from_numpy(gold)
     counts = torch.ones(len(gold)) if weights is None else torch.from_numpy(weights)
     counts = counts.double() * (len(gold) / counts.sum())
-    cool = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    inverse_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     offsets = torch.zeros(logs.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([cool, offsets], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [inverse_temperature, offsets], max_iter=200, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        losses = cross_entropy(given * cool.exp() + offsets, right, reduction="none")
+        losses = cross_entropy(
+            inputs * inverse_temperature.exp() + offsets, targets, reduction="none"
+        )
         total = (counts * losses).sum() + _SHRINKAGE * (offsets**2).sum()
         total = total / len(gold)
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    temperature = float(torch.exp(-cool.detach()).clamp(0.25, 4.0))
+    temperature = float(torch.exp(-inverse_temperature.detach()).clamp(0.25, 4.0))
     return Scaling(round(temperature, 4), tuple(round(b, 4) for b in offsets.tolist()))

@@ -20,7 +20,7 @@ _METRICS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "macro_f1": ("f1", {"average": "macro"}),
     "accuracy": ("accuracy", {}),
 }
-"""Figure -> the metric of the `evaluate` library that it is, and its arguments."""
+"""Metric -> what the `evaluate` library calls it, and its arguments."""
 _LICENCES = frozenset(
     "apache-2.0 mit bsd bsd-2-clause bsd-3-clause gpl gpl-2.0 gpl-3.0 lgpl lgpl-3.0 agpl-3.0 "
     "mpl-2.0 cc cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
@@ -28,7 +28,7 @@ _LICENCES = frozenset(
     "llama3.3 llama4 gemma unknown".split()
 )
 """Of Hugging Face's licence identifiers, those that language models and dialogues come under."""
-_ELSEWHERE = (
+_SCOPE_NOTE = (
     "Nothing else was measured: not other kinds of conversation, nor other languages. "
     "`ercbatch evaluate` measures a labelled file that has gold labels, and "
     "`python -m export calibrate` fits the confidences to your own dialogues."
@@ -55,11 +55,11 @@ def card_data(info: BundleInfo) -> ModelCardData:
         if name in quality.metrics()
     ]
     licence = "-".join(info.licence.partition(" (")[0].lower().split())  # after it: explanations
-    known = licence in _LICENCES
+    is_hub_licence = licence in _LICENCES
     return ModelCardData(
         model_name=info.name,
-        license=licence if known else "other",
-        license_name=None if known else licence,
+        license=licence if is_hub_licence else "other",
+        license_name=None if is_hub_licence else licence,
         base_model=info.base if _HUB_ID.fullmatch(info.base) else None,
         library_name="ercbatch",
         pipeline_tag="text-classification",
@@ -103,22 +103,27 @@ def card(info: BundleInfo) -> str:
         rows += [f"### {quality.title}", ""]
         metrics = [[METRICS[k][0], format_metric(k, v)] for k, v in quality.metrics().items()]
         rows += _table(["figure", "value"], metrics)
-    rows += [_ELSEWHERE, ""]
+    rows += [_SCOPE_NOTE, ""]
     for name, offsets in info.label_offsets.items():
         shifts = ", ".join(f"{label} {offset:+.2f}" for label, offset in offsets.items())
         rows += [f"Added to the log probabilities of `{name}`: {shifts}.", ""]
-    for name, found in info.calibration.items():
-        rows += [f"## How far to trust a confidence: {name}", "", *_calibration(found)]
+    for name, calibration in info.calibration.items():
+        rows += [
+            f"## How far to trust a confidence: {name}",
+            "",
+            *_calibration_section(calibration),
+        ]
     return "\n".join(rows).rstrip() + "\n"
 
 
-def _calibration(found: Calibration) -> list[str]:
+def _calibration_section(calibration: Calibration) -> list[str]:
     rows = [
-        f"On {found.utterances:,} utterances, the calibration error (how far confidences are "
-        f"from the share of right answers, in the mean over 15 bins) is {found.error_after}. It "
-        f"is {found.error_before} without the temperature of {found.temperature}; chance "
-        f"alone gives {found.error_if_perfect} on as many utterances, were every confidence "
-        "true. Each utterance was judged by a temperature fitted on other dialogues.",
+        f"On {calibration.utterances:,} utterances, the calibration error (how far confidences "
+        "are from the share of right answers, in the mean over 15 bins) is "
+        f"{calibration.error_after}. It is {calibration.error_before} without the temperature of "
+        f"{calibration.temperature}; chance alone gives {calibration.error_if_perfect} on as many "
+        "utterances, were every confidence true. Each utterance was judged by a "
+        "temperature fitted on other dialogues.",
         "",
         "Take the share of right answers that you need, and give `ercbatch label` the confidence "
         "beside it: what is less sure gets no emotion. The fewer answers a row rests on, the less "
@@ -126,16 +131,24 @@ def _calibration(found: Calibration) -> list[str]:
         "",
     ]
     head = ["answers right", "`--min-confidence`", "utterances answered", "right here"]
-    rows += _table(head, [[f"{r.precision:.0%}", *_answer(r)] for r in found.recommended])
-    points = [[f"{p.coverage:.0%}", f"{p.risk:.1%}", f"{p.confidence:.2f}"] for p in found.coverage]
+    rows += _table(
+        head, [[f"{r.precision:.0%}", *_recommendation_cells(r)] for r in calibration.recommended]
+    )
+    points = [
+        [f"{p.coverage:.0%}", f"{p.risk:.1%}", f"{p.confidence:.2f}"] for p in calibration.coverage
+    ]
     return rows + _table(["answering the surest", "errs in", "from a confidence of"], points)
 
 
-def _answer(found: Recommendation) -> list[str]:
-    if found.min_confidence is None:
+def _recommendation_cells(recommendation: Recommendation) -> list[str]:
+    if recommendation.min_confidence is None:
         return ["not reached", "–", "–"]
-    right = f"{found.right:,} of {found.answered:,}" if found.answered else "–"
-    return [f"{found.min_confidence:.2f}", f"{found.coverage:.0%}", right]
+    right = (
+        f"{recommendation.right:,} of {recommendation.answered:,}"
+        if recommendation.answered
+        else "–"
+    )
+    return [f"{recommendation.min_confidence:.2f}", f"{recommendation.coverage:.0%}", right]
 
 
 def _table(head: list[str], body: list[list[Any]]) -> list[str]:

@@ -22,20 +22,20 @@ class LossLimits:
     agreement: float = 0.97
 
 
-def compare(found: Measurement, original: Measurement) -> Quality:
+def compare(measurement: Measurement, original: Measurement) -> Quality:
     """The metrics of a bundle on a dataset, beside those of the model that it was made from."""
-    after, before = found.predictions, original.predictions
+    after, before = measurement.predictions, original.predictions
     same = after.probabilities.argmax(1) == before.probabilities.argmax(1)
     return Quality(
-        found.label_set,
-        found.dataset,
+        measurement.label_set,
+        measurement.dataset,
         len(after.gold),
-        **after.figures(),
-        weighted_f1_original=before.figures()["weighted_f1"],
-        macro_f1_original=before.figures()["macro_f1"],
+        **after.metrics(),
+        weighted_f1_original=before.metrics()["weighted_f1"],
+        macro_f1_original=before.metrics()["macro_f1"],
         agreement=float(same.mean()),
         largest_difference=float(np.abs(after.probabilities - before.probabilities).max()),
-        speed_ratio=original.seconds / found.seconds,
+        speed_ratio=original.seconds / measurement.seconds,
     )
 
 
@@ -47,15 +47,15 @@ def losses(quality: Quality, limits: LossLimits) -> list[str]:
         quality.agreement,
     )
     assert before is not None and after is not None and agreement is not None  # noqa: PT018
-    found = []
+    messages = []
     if before - after > limits.f1:
-        found.append(
+        messages.append(
             f"{quality.title}: weighted F1 {after:.2%}, the original's is {before:.2%} (at most "
             f"{100 * limits.f1:.1f} points may go)"
         )
     if agreement < limits.agreement:
-        found.append(
+        messages.append(
             f"{quality.title}: {agreement:.1%} of the labels are the original's (at least "
             f"{limits.agreement:.0%} must be)"
         )
-    return found
+    return messages

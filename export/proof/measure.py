@@ -21,9 +21,9 @@ from train.recipe import Recipe
 from train.run import TrainedRun
 from train.validate import Predictions, predict
 
-_WARM = 4
+_WARM_UP_DIALOGUES = 4
 """Dialogues that are answered before the clock runs: what is done once is not the model's speed."""
-_SHOWN = 3
+_DEMONSTRATIONS = 3
 """Demonstrations a question shows where their effect is measured: what `bank build` gives it."""
 
 Say = Callable[[str], None]
@@ -37,20 +37,20 @@ class Questions:
         recipe = run.recipe
         self.recipe: Recipe = recipe
         self.wording = recipe.wording
-        taught = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
-        if not taught:
+        taught_sources = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
+        if not taught_sources:
             raise UsageError("the run has learnt no labels: there is nothing to label with")
-        sets = {source.labels: source.label_set() for source in taught}
+        sets = {source.labels: source.label_set() for source in taught_sources}
         self.label_sets: tuple[LabelSet, ...] = tuple(sets.values())
-        self.shown = taught[0]
+        self.sample_source = taught_sources[0]
         self.renderers = {
             s.name: Renderer(run.tokenizer, self.wording, recipe.window, s.labels)
             for s in self.label_sets
         }
         self.tokens = sorted({t for r in self.renderers.values() for t in r.trie.tokens})
         for source in recipe.valid:
-            recorded = run.data.get(source.path)
-            if recorded is not None and file_sha256(source.path) != recorded:
+            expected = run.data.get(source.path)
+            if expected is not None and file_sha256(source.path) != expected:
                 raise UsageError(
                     f"{source.path}: not what the run was validated on (its SHA-256 is another): "
                     "put that back; `export calibrate` measures a bundle on other dialogues"
@@ -75,7 +75,7 @@ class Questions:
         renderer = self.renderers[self.label_sets[0].name]
         return [
             join([(0, tree)])
-            for scene in read_dataset(self.shown).scenes[:count]
+            for scene in read_dataset(self.sample_source).scenes[:count]
             for tree in renderer.trees(
                 scene.dialogue,
                 [Question(Task.EMOTION, t) for t in range(len(scene.dialogue.utterances))],
@@ -102,20 +102,25 @@ def measure(questions: Questions, scorer: Scorer, say: Say) -> list[Measurement]
     measured = []
     for name, dataset in questions.held_out:
         say(f"answering {name}: {len(dataset.scenes):,} dialogues")
-        predict(questions.engine(scorer, dataset), replace(dataset, scenes=dataset.scenes[:_WARM]))
+        predict(
+            questions.engine(scorer, dataset),
+            replace(dataset, scenes=dataset.scenes[:_WARM_UP_DIALOGUES]),
+        )
         began = time.perf_counter()
-        found = predict(questions.engine(scorer, dataset), dataset)
+        predictions = predict(questions.engine(scorer, dataset), dataset)
         seconds = time.perf_counter() - began
-        if not np.isfinite(found.probabilities).all():
+        if not np.isfinite(predictions.probabilities).all():
             raise LossError(
                 f"{name}: the answers of {scorer.describe()} are no numbers: its weights are too "
                 "large for this form, or broken: choose another --quantize, or train again"
             )
-        measured.append(Measurement(dataset.labels.name, name, found, seconds))
+        measured.append(Measurement(dataset.labels.name, name, predictions, seconds))
     return measured
 
 
 def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> float:
     """Weighted F1 of an engine whose questions show demonstrations."""
-    showing = replace(engine, retriever=retriever.restricted(dataset.labels), demonstrations=_SHOWN)
-    return predict(showing, dataset).figures()["weighted_f1"]
+    demonstrating = replace(
+        engine, retriever=retriever.restricted(dataset.labels), demonstrations=_DEMONSTRATIONS
+    )
+    return predict(demonstrating, dataset).metrics()["weighted_f1"]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 from export.graph.nodes import MICROSOFT, Array, Graph, Product, add_node
-from export.quantize.int8 import sampled
+from export.quantize.int8 import sample_products
 from export.quantize.rounding import block_scales, round_alone, round_together
 from export.quantize.statistics import Sampler, Statistics
 
@@ -30,15 +30,15 @@ def quantize_products_to_4_bits(graph: Graph, *, sampler: Sampler | None = None)
         graph: see `Graph`; its constants are called after the weights.
         sampler: what weights are multiplied with; it guides their rounding.
     """
-    for products, statistics in sampled(graph, sampler):
+    for products, statistics in sample_products(graph, sampler):
         for product in products:
             _quantize(graph, product, statistics)
     graph.apply()
 
 
-def _quantize(graph: Graph, product: Product, seen: Statistics | None) -> None:
+def _quantize(graph: Graph, product: Product, statistics: Statistics | None) -> None:
     weight = np.ascontiguousarray(graph.matrix(product).T)
-    packed, scales = pack_blocks(weight, seen)
+    packed, scales = pack_blocks(weight, statistics)
     inputs = [
         product.activation,
         graph.constant(product.weight + _INT4, packed),
@@ -61,7 +61,9 @@ def _quantize(graph: Graph, product: Product, seen: Statistics | None) -> None:
     graph.replace(product.node, nodes)
 
 
-def pack_blocks(weight: Array, seen: Statistics | None) -> tuple[npt.NDArray[np.uint8], Array]:
+def pack_blocks(
+    weight: Array, statistics: Statistics | None
+) -> tuple[npt.NDArray[np.uint8], Array]:
     """(packed [outputs, blocks, 16], scales [outputs * blocks]) of weights [outputs, inputs].
 
     The lowest value is stored as 0, the operator's default. Two weights share a byte, the first in
@@ -69,15 +71,15 @@ def pack_blocks(weight: Array, seen: Statistics | None) -> tuple[npt.NDArray[np.
     """
     outputs, inputs = weight.shape
     blocks = -(-inputs // BLOCK)
-    whole = np.zeros((outputs, blocks * BLOCK), np.float32)
-    whole[:, :inputs] = weight
-    scales = block_scales(whole, _LOW, BLOCK)
-    values = np.zeros(whole.shape, np.int8)
-    if seen is not None and seen.enough:
+    padded = np.zeros((outputs, blocks * BLOCK), np.float32)
+    padded[:, :inputs] = weight
+    scales = block_scales(padded, _LOW, BLOCK)
+    values = np.zeros(padded.shape, np.int8)
+    if statistics is not None and statistics.sufficient:
         steps = scales[:, :inputs]
-        values[:, :inputs] = round_together(weight, steps, _LOW, _HIGH, seen.correlation)
+        values[:, :inputs] = round_together(weight, steps, _LOW, _HIGH, statistics.correlation)
     else:
-        values = round_alone(whole, scales, _LOW, _HIGH)
-    halves = (values - _LOW).astype(np.uint8).reshape(outputs, blocks, BLOCK)
-    packed = (halves[..., 0::2] | halves[..., 1::2] << 4).astype(np.uint8)
+        values = round_alone(padded, scales, _LOW, _HIGH)
+    nibbles = (values - _LOW).astype(np.uint8).reshape(outputs, blocks, BLOCK)
+    packed = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).astype(np.uint8)
     return packed, scales[:, ::BLOCK].reshape(-1).astype(np.float32)

@@ -44,7 +44,7 @@ _INT8, _SCALE, _COLUMNS = "_int8", "_scale", "_columns"
 and its rows in float32."""
 _TABLE, _TABLE_SCALE = "_table_int8", "_table_scale"
 """The same of a lookup table: int8 rows, and the scale of each."""
-_TOGETHER = 1 << 30
+_MAX_CORRELATION_BYTES = 1 << 30
 """Bytes of correlations that are gathered in one run over the samples."""
 
 
@@ -62,27 +62,27 @@ def quantize_products(
             reach highest keep float32 weights, and the others' rounding errors are made to cancel.
     """
     rewriting = _PerToken(graph, weight_range)
-    for products, statistics in sampled(graph, sampler):
+    for products, statistics in sample_products(graph, sampler):
         rewriting.quantize(products, statistics)
     graph.apply()
 
 
-def sampled(
+def sample_products(
     graph: Graph, sampler: Sampler | None
 ) -> Iterator[tuple[list[Product], Statistics | None]]:
     """The products of each activation, with what that is like over the samples."""
-    alike: dict[str, list[Product]] = {}
+    by_activation: dict[str, list[Product]] = {}
     for product in graph.products():
-        alike.setdefault(product.activation, []).append(product)
-    waiting = list(alike.values())
-    while waiting:
-        several, size = [waiting.pop(0)], 0
-        while waiting and size < _TOGETHER:
-            size += 4 * _inputs(graph, waiting[0][0]) ** 2
-            several.append(waiting.pop(0))
-        seen = dict(sampler([products[0].weight for products in several])) if sampler else {}
-        for products in several:
-            yield products, seen.pop(products[0].weight, None)  # used up: they are large
+        by_activation.setdefault(product.activation, []).append(product)
+    pending = list(by_activation.values())
+    while pending:
+        batch, size = [pending.pop(0)], 0
+        while pending and size < _MAX_CORRELATION_BYTES:
+            size += 4 * _input_size(graph, pending[0][0]) ** 2
+            batch.append(pending.pop(0))
+        statistics = dict(sampler([products[0].weight for products in batch])) if sampler else {}
+        for products in batch:
+            yield products, statistics.pop(products[0].weight, None)  # used up: they are large
 
 
 def quantize_lookups(graph: Graph, *, smallest_table: int = SMALLEST_TABLE) -> None:
@@ -129,16 +129,16 @@ def stored_weights(model: ModelProto) -> tuple[dict[str, Array], dict[str, Array
     producers = {node.output[0]: node for node in model.graph.node}
     names = [name.removesuffix(_TABLE) for name in constants if name.endswith(_TABLE)]
     tables = {name: constants[name + _TABLE] * constants[name + _TABLE_SCALE] for name in names}
-    found = {}
+    matrices = {}
     for node in model.graph.node:
         if node.op_type == "MatMulIntegerToFloat":
             name = node.input[1].removesuffix(_INT8)
-            found[name] = constants[name + _INT8] * constants[name + _SCALE]
+            matrices[name] = constants[name + _INT8] * constants[name + _SCALE]
     for node in model.graph.node:
         if node.op_type == "Gemm" and node.input[1].endswith(_COLUMNS):
-            places = constants[producers[node.input[0]].input[1]]
-            found[node.input[1].removesuffix(_COLUMNS)][places] = constants[node.input[1]]
-    return tables, found
+            channels = constants[producers[node.input[0]].input[1]]
+            matrices[node.input[1].removesuffix(_COLUMNS)][channels] = constants[node.input[1]]
+    return tables, matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,67 +164,67 @@ class _PerToken:
         self._limit = limit
         self._stored: set[str] = set()
         constant = graph.constant
-        self._last = constant("last_axis", np.array([-1], np.int64))
+        self._last_axis = constant("last_axis", np.array([-1], np.int64))
         self._steps = constant("rows_127", np.array(127, np.float32))
-        self._least = constant("rows_least", np.array(1e-30, np.float32))  # for a row of zeros
-        self._one = constant("rows_one", np.array(1, np.float32))
-        self._zero = constant("rows_zero_point", np.array(128, np.uint8))
+        self._min_scale = constant("rows_least", np.array(1e-30, np.float32))  # for a row of zeros
+        self._unit_scale = constant("rows_one", np.array(1, np.float32))
+        self._zero_point = constant("rows_zero_point", np.array(128, np.uint8))
 
-    def quantize(self, products: Sequence[Product], seen: Statistics | None) -> None:
+    def quantize(self, products: Sequence[Product], statistics: Statistics | None) -> None:
         """Replace the products of one activation."""
         nodes: list[NodeProto] = []
-        rows = self._rows(products[0].activation, nodes, seen)
+        rows = self._rows(products[0].activation, nodes, statistics)
         for product in products:
-            self._product(product, rows, nodes, seen)
+            self._product(product, rows, nodes, statistics)
             self._graph.replace(product.node, nodes)
             nodes = []
 
-    def _rows(self, x: str, nodes: list[NodeProto], seen: Statistics | None) -> _Rows:
+    def _rows(self, x: str, nodes: list[NodeProto], statistics: Statistics | None) -> _Rows:
         name = f"{x}_rows"
-        columns = np.empty(0, np.int64) if seen is None else _outliers(seen.peaks)
+        columns = np.empty(0, np.int64) if statistics is None else _outliers(statistics.peaks)
         flat = add_node(nodes, "Flatten", [x], f"{name}_flat", axis=-1)
         inner, floats = flat, ""
-        if seen is not None and len(columns):
+        if statistics is not None and len(columns):
             # Their int8 weights are zero: what is saturated there counts for nothing.
-            inside = ~np.isin(np.arange(len(seen.peaks)), columns)
-            mask = self._graph.constant(f"{name}_inside", inside.astype(np.float32))
+            inlier_mask = ~np.isin(np.arange(len(statistics.peaks)), columns)
+            mask = self._graph.constant(f"{name}_inside", inlier_mask.astype(np.float32))
             inner = add_node(nodes, "Mul", [flat, mask], f"{name}_inner")
-            places = self._graph.constant(f"{name}_places", columns)
-            floats = add_node(nodes, "Gather", [flat, places], f"{name}_floats", axis=-1)
+            outliers = self._graph.constant(f"{name}_places", columns)
+            floats = add_node(nodes, "Gather", [flat, outliers], f"{name}_floats", axis=-1)
         # The greatest magnitude from both ends: magnitudes of all would be written and read again.
-        high, low = (self._end(end, inner, f"{name}_{end}", nodes) for end in ("Max", "Min"))
+        high, low = (self._reduce(end, inner, f"{name}_{end}", nodes) for end in ("Max", "Min"))
         low = add_node(nodes, "Neg", [low], f"{name}_below")
         high = add_node(nodes, "Max", [high, low], f"{name}_most")
         scale = add_node(nodes, "Div", [high, self._steps], f"{name}_step")
-        scale = add_node(nodes, "Max", [scale, self._least], f"{name}_scale")
+        scale = add_node(nodes, "Max", [scale, self._min_scale], f"{name}_scale")
         count = add_node(nodes, "Shape", [scale], f"{name}_count")
         uint8 = numpy_helper.from_array(np.array([128], np.uint8))
         zeros = add_node(nodes, "ConstantOfShape", [count], f"{name}_zeros", value=uint8)
         value = add_node(nodes, "QuantizeLinear", [flat, scale, zeros], name, axis=0)
-        column = add_node(nodes, "Unsqueeze", [scale, self._last], f"{name}_scales")
+        column = add_node(nodes, "Unsqueeze", [scale, self._last_axis], f"{name}_scales")
         size = add_node(nodes, "Shape", [x], f"{name}_size", end=-1)
-        lead = add_node(nodes, "Concat", [size, self._last], f"{name}_lead", axis=0)
+        lead = add_node(nodes, "Concat", [size, self._last_axis], f"{name}_lead", axis=0)
         return _Rows(value, column, lead, columns, floats)
 
-    def _end(self, end: str, x: str, name: str, nodes: list[NodeProto]) -> str:
+    def _reduce(self, extreme: str, x: str, name: str, nodes: list[NodeProto]) -> str:
         if self._graph.opset < 18:
-            return add_node(nodes, f"Reduce{end}", [x], name, axes=[-1], keepdims=0)
-        return add_node(nodes, f"Reduce{end}", [x, self._last], name, keepdims=0)
+            return add_node(nodes, f"Reduce{extreme}", [x], name, axes=[-1], keepdims=0)
+        return add_node(nodes, f"Reduce{extreme}", [x, self._last_axis], name, keepdims=0)
 
     def _product(
-        self, product: Product, rows: _Rows, nodes: list[NodeProto], seen: Statistics | None
+        self, product: Product, rows: _Rows, nodes: list[NodeProto], statistics: Statistics | None
     ) -> None:
         output, name = product.output, product.weight
         while name in self._stored:  # by another activation, whose columns are others
             name += "_again"
         self._stored.add(name)
-        self._store(product, name, rows.columns, seen)
+        self._store(product, name, rows.columns, statistics)
         # With a row scale of one this is a product whose sums are brought to their channels'
         # scales before they leave the cache; the operator knows no scale for each row.
         value = add_node(
             nodes,
             "MatMulIntegerToFloat",
-            [rows.values, name + _INT8, self._one, name + _SCALE, self._zero],
+            [rows.values, name + _INT8, self._unit_scale, name + _SCALE, self._zero_point],
             f"{output}_sums",
             domain=MICROSOFT,
         )
@@ -242,17 +242,17 @@ class _PerToken:
         product: Product,
         name: str,
         columns: npt.NDArray[np.int64],
-        seen: Statistics | None,
+        statistics: Statistics | None,
     ) -> None:
         weight = self._graph.matrix(product)
-        inside = np.ones(len(weight), dtype=bool)
-        inside[columns] = False
-        inner = np.ascontiguousarray((weight * inside[:, None]).T)
+        inlier_mask = np.ones(len(weight), dtype=bool)
+        inlier_mask[columns] = False
+        inner = np.ascontiguousarray((weight * inlier_mask[:, None]).T)
         scales = row_scales(inner, self._limit)
-        if seen is not None and seen.enough:
-            within = seen.correlation * np.outer(inside, inside)
-            channels = round_together(inner, scales, -self._limit, self._limit, within)
-            channels[:, ~inside] = 0
+        if statistics is not None and statistics.sufficient:
+            correlation = statistics.correlation * np.outer(inlier_mask, inlier_mask)
+            channels = round_together(inner, scales, -self._limit, self._limit, correlation)
+            channels[:, ~inlier_mask] = 0
         else:
             channels = round_alone(inner, scales, -self._limit, self._limit)
         self._graph.constant(name + _INT8, channels.T)
@@ -261,7 +261,7 @@ class _PerToken:
             self._graph.constant(name + _COLUMNS, weight[columns])
 
 
-def _inputs(graph: Graph, product: Product) -> int:
+def _input_size(graph: Graph, product: Product) -> int:
     shape = graph.shape(product.weight)
     assert shape is not None  # it is a matrix
     return shape[1] if product.flipped else shape[0]

@@ -11,9 +11,9 @@ from export.graph.nodes import Array
 _DAMPING = 0.01
 """Added to the correlation's diagonal, as a share of its mean: samples are few."""
 
-_ROWS = 4096
+_ROWS_PER_CHUNK = 4096
 """Rows that are rounded at a time."""
-_BLOCK = 64
+_COLUMNS_PER_BLOCK = 64
 """Columns whose errors reach the columns after them in one product."""
 
 
@@ -31,8 +31,8 @@ def block_scales(table: Array, lowest: int, block: int) -> Array:
     one would be lost otherwise. n is a multiple of `block`.
     """
     blocks = table.reshape(len(table), -1, block)
-    places = np.abs(blocks).argmax(axis=2, keepdims=True)
-    scales = np.take_along_axis(blocks, places, axis=2) / lowest
+    peaks = np.abs(blocks).argmax(axis=2, keepdims=True)
+    scales = np.take_along_axis(blocks, peaks, axis=2) / lowest
     scales = np.where(scales == 0, 1, scales).astype(np.float32)
     return np.repeat(scales[..., 0], block, axis=1)
 
@@ -46,8 +46,10 @@ def quantize_rows(table: Array, limit: int) -> tuple[npt.NDArray[np.int8], Array
 def round_alone(table: Array, scales: Array, low: int, high: int) -> npt.NDArray[np.int8]:
     """A table [rows, n] in steps of `scales` ([rows, 1] or [rows, n]), from low to high."""
     values = np.empty(table.shape, np.int8)
-    for start in range(0, len(table), _ROWS):  # a vocabulary is much to have twice in float32
-        rows = slice(start, start + _ROWS)
+    for start in range(
+        0, len(table), _ROWS_PER_CHUNK
+    ):  # a vocabulary is much to have twice in float32
+        rows = slice(start, start + _ROWS_PER_CHUNK)
         values[rows] = np.round(table[rows] / scales[rows]).clip(low, high)
     return values
 
@@ -62,19 +64,19 @@ def round_together(
     as far as their activations go together.
     """
     order = np.argsort(-np.diag(correlation), kind="stable")
-    rest = table[:, order].astype(np.float64)
+    remaining = table[:, order].astype(np.float64)
     steps = np.broadcast_to(scales, table.shape)[:, order]
     upper = _inverse_factor(correlation[np.ix_(order, order)])
-    rounded = np.empty_like(rest)
-    for start in range(0, rest.shape[1], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        errors = np.zeros_like(rest[:, block])
+    rounded = np.empty_like(remaining)
+    for start in range(0, remaining.shape[1], _COLUMNS_PER_BLOCK):
+        block = slice(start, start + _COLUMNS_PER_BLOCK)
+        errors = np.zeros_like(remaining[:, block])
         for i in range(start, start + errors.shape[1]):
-            rounded[:, i] = np.round(rest[:, i] / steps[:, i]).clip(low, high)
-            error = (rest[:, i] - rounded[:, i] * steps[:, i]) / upper[i, i]
-            rest[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
+            rounded[:, i] = np.round(remaining[:, i] / steps[:, i]).clip(low, high)
+            error = (remaining[:, i] - rounded[:, i] * steps[:, i]) / upper[i, i]
+            remaining[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
             errors[:, i - start] = error
-        rest[:, block.stop :] -= errors @ upper[block, block.stop :]
+        remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
     values = np.empty(table.shape, dtype=np.int8)
     values[:, order] = rounded
     return values
@@ -82,10 +84,10 @@ def round_together(
 
 def _inverse_factor(correlation: Array) -> npt.NDArray[np.float64]:
     """U, upper triangular: U.T @ U is the inverse of the damped correlation."""
-    found = torch.from_numpy(correlation).double()
-    found.diagonal().add_(_DAMPING * found.diagonal().mean() + 1e-12)
+    matrix = torch.from_numpy(correlation).double()
+    matrix.diagonal().add_(_DAMPING * matrix.diagonal().mean() + 1e-12)
     # Each step lets go of the one before: a matrix may have hundreds of megabytes.
-    found = torch.linalg.cholesky(found)
-    found = torch.cholesky_inverse(found)
-    upper: npt.NDArray[np.float64] = torch.linalg.cholesky(found, upper=True).numpy()
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix)
+    upper: npt.NDArray[np.float64] = torch.linalg.cholesky(matrix, upper=True).numpy()
     return upper

@@ -44,7 +44,7 @@ class Statistics:
         )
 
     @property
-    def enough(self) -> bool:
+    def sufficient(self) -> bool:
         """Whether the correlation says something of rows that were not seen."""
         return self.rows >= ROWS_PER_CHANNEL * len(self.peaks)
 
@@ -60,13 +60,13 @@ def module_inputs(module: nn.Module, run: Callable[[], None]) -> Sampler:
     """
 
     def sample(weights: Sequence[str]) -> dict[str, Statistics]:
-        seen: dict[str, Statistics] = {}
+        statistics: dict[str, Statistics] = {}
 
         def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
                 rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float().cpu().numpy()
-                found = Statistics.of(rows)
-                seen[name] = seen[name] + found if name in seen else found
+                batch = Statistics.of(rows)
+                statistics[name] = statistics[name] + batch if name in statistics else batch
 
             return hook
 
@@ -83,6 +83,6 @@ def module_inputs(module: nn.Module, run: Callable[[], None]) -> Sampler:
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
+        return statistics
 
     return sample
