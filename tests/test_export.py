@@ -1,4 +1,4 @@
-"""`python -m export bundle` and `calibrate`: proved, or nothing; and what they refuse."""
+"""`python -m export bundle`: a bundle is proved, or not written; and what is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -32,7 +31,7 @@ from peft import PeftModel
 from test_export_graph import pack
 
 from ercbatch.bundle import manifest as files
-from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info, write_bundle
+from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.scoring.onnx_scorer import check_full_range
 from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
@@ -330,99 +329,3 @@ def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Pa
     done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", tmp_path / "saturating")
     assert done.returncode == 4
     assert "integer products saturate there: export it with --target avx2" in done.stderr
-
-
-def test_a_bundle_is_calibrated_on_dialogues_of_ones_own(
-    bundle_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "mine"
-    done = python(
-        *("-m", "export", "calibrate", bundle_folder, "-o", out, "--valid", f"meld={VALID}"),
-        *("--name", "mine"),
-    )
-    assert done.returncode == 0, done.stderr
-    before, after = read_info(bundle_folder), read_info(out)
-    assert after.name == "mine"
-    assert after.files[files.MODEL] == before.files[files.MODEL]
-    assert after.calibration["meld"].utterances == 22
-    assert after.temperatures["meld"] == after.calibration["meld"].temperature
-    assert [(q.title, q.utterances) for q in after.quality] == [("meld, labelled_chat_valid", 22)]
-    assert cli("bundle", "verify", out).returncode == 0
-    # From two files its figures have other names; what was said of the one is said no more.
-    both = python(
-        *("-m", "export", "calibrate", out, "-o", tmp_path / "both"),
-        *("--valid", f"meld={VALID}", "--valid", f"meld={CHAT}"),
-    )
-    assert both.returncode == 0, both.stderr
-    assert sorted(quality.title for quality in read_info(tmp_path / "both").quality) == [
-        "meld, labelled_chat",
-        "meld, labelled_chat_valid",
-    ]
-    sulky = tmp_path / "sulky.jsonl"
-    turn = {"text": "I miss the old flat.", "label": "sad"}
-    sulky.write_text(
-        "".join(f"{json.dumps({'id': n, 'utterances': [turn] * 6})}\n" for n in range(9))
-    )
-    # Dialogues that are only measured leave the temperature as it is.
-    aside = python(
-        *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "aside"),
-        *("--valid", f"meld={VALID}", "--measure", f"meld={CHAT}"),
-    )
-    assert aside.returncode == 0, aside.stderr
-    found = read_info(tmp_path / "aside")
-    assert found.temperatures == after.temperatures
-    weights = {quality.title: quality.calibration_weight for quality in found.quality}
-    assert weights == {"meld, labelled_chat_valid": 1.0, "meld, labelled_chat": 0.0}
-    assert all(quality.metrics()["calibration_error"] > 0 for quality in found.quality)
-    # With --label-shift the bundle labels as common labels are in the dialogues.
-    shifted = python(
-        *("-m", "export", "calibrate", bundle_folder, "-o", tmp_path / "shifted"),
-        *("--valid", f"meld={sulky}", "--label-shift"),
-    )
-    assert shifted.returncode == 0, shifted.stderr
-    offsets = read_info(tmp_path / "shifted").label_offsets["meld"]
-    assert max(offsets, key=lambda label: offsets[label]) == "sad"
-    assert f"sad {offsets['sad']:+.2f}" in (tmp_path / "shifted" / files.CARD).read_text()
-    counts = [
-        cli("label", sulky, "--bundle", folder, "--quiet").stdout.count('"emotion":"sad"')
-        for folder in (bundle_folder, tmp_path / "shifted")
-    ]
-    assert counts[0] < counts[1]
-    again = python(
-        *("-m", "export", "calibrate", tmp_path / "shifted", "-o", tmp_path / "again"),
-        *("--valid", f"meld={VALID}"),
-    )
-    assert again.returncode == 0, again.stderr
-    assert read_info(tmp_path / "again").label_offsets == {}
-    few = python(
-        *("-m", "export", "calibrate", "mini", "-o", tmp_path / "few"),
-        *("--valid", f"meld={VALID}", "--label-shift"),
-    )
-    assert few.returncode == 0, few.stderr
-    assert "warning: meld: no label shift was kept" in few.stderr
-    assert read_info(tmp_path / "few").label_offsets == {}
-    assert read_info(tmp_path / "again").temperatures == after.temperatures
-    # With another window, what was measured with the old one is said no more.
-    moved = python(
-        *("-m", "export", "calibrate", "mini", "-o", tmp_path / "moved", "--turns", "3"),
-        *("--stride", "2", "--valid", f"meld={VALID}"),
-    )
-    assert moved.returncode == 0, moved.stderr
-    before, after = read_info(find_bundle("mini")), read_info(tmp_path / "moved")
-    assert after.window == replace(before.window, turns=3, stride=2)
-    assert after.temperatures.keys() == before.temperatures.keys()
-    assert [quality.title for quality in after.quality] == ["meld, labelled_chat_valid"]
-    assert list(after.calibration) == ["meld"]
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"utterances": [{"text": "oh", "label": "sleepy"}]}\n')
-    for given, code, words in (
-        ("meld", 2, "give it as SET=FILE"),
-        ("meld=nothing.jsonl", 2, "there is no file nothing.jsonl"),
-        (f"meld={other}", 4, "line 1: label 'sleepy' is not in the label set meld"),
-        (f"emorynlp={VALID}", 2, "has no label set 'emorynlp': choose from meld"),
-    ):
-        asked = ("calibrate", bundle_folder, "-o", tmp_path / "no", "--valid", given)
-        refused = CliRunner().invoke(main, list(map(str, asked)))
-        assert refused.exit_code == code, refused.output
-        assert words in refused.output
-    assert not (tmp_path / "no").exists()

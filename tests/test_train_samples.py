@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, python, write_gguf, write_model
+from conftest import EXAMPLES, ROOT, python, write_model
+from helpers.gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 
 from ercbatch.dialogues import Dialogue, Utterance
@@ -200,6 +202,10 @@ def test_a_full_run_is_a_base_for_the_next(bert: Path, tmp_path: Path) -> None:
     assert one["controls"] == two["controls"]
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path) -> None:
     data = EXAMPLES / "labelled_chat.jsonl"
 
@@ -229,13 +235,10 @@ def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path
     assert not taught.exists()
     done = python(*ask, "--labels", "meld", "--in-sample", tmp_path / "0")
     assert done.returncode == 0, done.stderr
-    assert all(
-        "scores" in turn for turn in json.loads(taught.read_text().splitlines()[1])["utterances"]
-    )
+    assert all("scores" in turn for turn in read_records(taught)[1]["utterances"])
     done = python(*ask, "--labels", "meld", tmp_path / "0", tmp_path / "1")
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in taught.read_text().splitlines()]
-    originals = [json.loads(line) for line in data.read_text().splitlines()]
+    records, originals = read_records(taught), read_records(data)
     assert len(records) == len(originals)
     for record, original in zip(records, originals, strict=True):
         for turn, before in zip(record["utterances"], original["utterances"], strict=True):
@@ -244,7 +247,7 @@ def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path
 
     done = python(*ask, "--labels", "meld", "--bf16", tmp_path / "0", tmp_path / "1")
     assert done.returncode == 0, done.stderr
-    narrow = [json.loads(line) for line in taught.read_text().splitlines()]
+    narrow = read_records(taught)
     pairs = [
         (turn["scores"], other["scores"])
         for record, another in zip(records, narrow, strict=True)
