@@ -21,7 +21,7 @@ def main() -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def encoder_(source: Path, output: Path, force: bool) -> None:
-    """Export a sentence-transformers model with mean pooling, quantized."""
+    """Export a sentence-transformers model, or a plain encoder, quantized."""
     from export.encoder import export_encoder
 
     with errors(), stoppable():

@@ -1,25 +1,27 @@
-"""A sentence encoder as ONNX: mean pooling and normalization inside the graph."""
+"""A sentence encoder as ONNX: pooling and normalization inside the graph."""
 
 from __future__ import annotations
 
-import json
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from ercbatch.bundle import manifest as bundle
 from ercbatch.bundle.folders import check_output, whole_folder
-from ercbatch.errors import UsageError, foreign_errors
-from ercbatch.prompts.tokens import load_tokenizer
-from ercbatch.scoring.packed_model import check_config
+from ercbatch.errors import BundleError, UsageError, foreign_errors
+from ercbatch.retrieval.encoder import SentenceEncoder
 from export.graph.nodes import Graph
 from export.graph.trace import trace
 from export.quantize.int8 import quantize_lookups, quantize_products
 from export.quantize.statistics import module_inputs
+from export.sentence_model import NEEDED, export_tokenizer, load_sentence_model
 
 _SAMPLES = (
     "I can't believe you did that!",
@@ -34,21 +36,37 @@ _SAMPLES = (
     "She moved to Lisbon in 2019 with two suitcases, a cat and € 300.",
 )
 """Sentences that tell which channels of the encoder stay in float32 (export/quantize/int8.py)."""
+_CHECKED = (
+    "I did not expect to see you here.",
+    "ok",
+    "Why would anyone do that?!",
+    "We leave at 7:30, so be at the station by 7:15.",
+    '"Not again", she said, and closed the door.',
+    "(laughs) I know, right?",
+    "Ça va, Größe 42, 日本語 🙂",
+    "3 emails, 2 calls and no answer from the landlord.",
+    "That makes me so happy, thank you!",
+    "He left without a word and I have been waiting by the phone ever since. " * 20,
+)
+"""Sentences whose embeddings are compared with the library's; the last one is cut."""
+_LEAST_FLOAT, _LEAST_INT8 = 0.99999, 0.98
+"""Cosines between the graph's embeddings and the library's, at least."""
+
+_Vectors = npt.NDArray[np.float32]
 
 
 class PooledEncoder(nn.Module):
     """Token ids and their mask [batch, length] to unit vectors [batch, dim]."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Mean of the token states under the mask, scaled to length 1."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return nn.functional.normalize(mean, dim=-1)
+        """The library's modules one after the other, cut to its dimensions, scaled to length 1."""
+        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        vectors = self.model(features)["sentence_embedding"][:, : self.model.truncate_dim]
+        return nn.functional.normalize(vectors, dim=-1)
 
 
 def export_encoder(
@@ -57,101 +75,82 @@ def export_encoder(
     """Write a folder of `encoder.onnx` and `encoder_tokenizer.json`.
 
     The graph takes `input_ids` and `attention_mask` [batch, length] int64, and gives `embeddings`
-    [batch, dim] float32, each of length 1.
+    [batch, dim] float32, each of length 1. Embeddings of sample sentences are compared with those
+    of sentence-transformers, in float32 and as they are written.
 
     Args:
-        source: the folder of a sentence-transformers model with mean pooling, or of a plain
-            transformers model, which sentence-transformers pools by the mean too.
+        source: the folder of a sentence-transformers model, or of a plain transformers model, as
+            sentence-transformers pools one: by the mean of the token states.
         folder: the folder to write.
         quantize: int8 weights; otherwise float32.
         force: replace an existing folder.
 
     Raises:
-        UsageError: not such a model, or `folder` exists and `force` is not given.
+        UsageError: not such a model, its embeddings are others than the library's, or `folder`
+            exists and `force` is not given.
         OutputError: it cannot be written.
     """
     check_output(folder, bundle.ENCODER, force=force, inputs=[source])
-    needed = "it needs config.json, model.safetensors and tokenizer.json of a sentence encoder"
-    with foreign_errors(UsageError, f"{source}: cannot be exported", needed):
-        graph, tokenizer = _traced(Path(source), quantize)
+    with (
+        foreign_errors(UsageError, f"{source}: cannot be exported", NEEDED),
+        TemporaryDirectory() as checked,
+    ):
+        model = load_sentence_model(Path(source))
+        tokenizer = export_tokenizer(model, Path(source), _CHECKED)
+        expected = model.encode(
+            list(_CHECKED), batch_size=1, normalize_embeddings=True, show_progress_bar=False
+        )
+        encoder = PooledEncoder(model)
+        graph = _traced(encoder)
+        _save(deepcopy(graph), tokenizer, Path(checked))
+        _compare(source, Path(checked), expected, _LEAST_FLOAT)
+        if quantize:
+            quantize_products(
+                graph, sampler=module_inputs(encoder, lambda: _run(encoder, tokenizer))
+            )
+            quantize_lookups(graph)
     with whole_folder(folder, bundle.ENCODER, force=force) as part:
-        graph.save(part / bundle.ENCODER)
-        text = tokenizer.to_str(pretty=False)
-        (part / bundle.ENCODER_TOKENIZER).write_text(text, encoding="utf-8")
+        _save(graph, tokenizer, part)
+        _compare(source, part, expected, _LEAST_INT8 if quantize else _LEAST_FLOAT)
 
 
-def _traced(source: Path, quantize: bool) -> tuple[Graph, Tokenizer]:
-    inner = transformer_folder(source)
-    check_config(str(inner))
-    tokenizer = load_tokenizer(inner / "tokenizer.json")
-    model, found = AutoModel.from_pretrained(
-        inner,
-        attn_implementation="eager",
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    missing = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
-    if missing:
-        raise UsageError(f"{inner}: its weights lack {', '.join(missing[:3])}: get it again")
-    model.eval()
-    if hasattr(model, "pooler"):
-        model.pooler = None
-    pooled = PooledEncoder(model)
+def _traced(encoder: PooledEncoder) -> Graph:
     ids = torch.ones((2, 7), dtype=torch.long)
     axes = {0: "batch", 1: "length"}
-    graph = trace(
-        pooled,
+    return trace(
+        encoder,
         (ids, ids),
         {"input_ids": axes, "attention_mask": axes},
         {"embeddings": {0: "batch"}},
     )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if quantize:
-        quantize_products(graph, sampler=module_inputs(pooled, lambda: _run(pooled, tokenizer)))
-        quantize_lookups(graph)
-    return graph, tokenizer
 
 
-def transformer_folder(source: Path) -> Path:
-    """The folder of the transformer within a sentence-transformers folder.
+def _save(graph: Graph, tokenizer: Tokenizer, folder: Path) -> None:
+    graph.save(folder / bundle.ENCODER)
+    text = tokenizer.to_str(pretty=False)
+    (folder / bundle.ENCODER_TOKENIZER).write_text(text, encoding="utf-8")
+
+
+def _compare(source: str | Path, folder: Path, expected: _Vectors, least: float) -> None:
+    """See that labelling would have the library's embeddings from a folder.
 
     Raises:
-        UsageError: the model does more than pool the transformer's states by their mean.
+        UsageError: a cosine is below `least`, or labelling does not take the graph.
     """
-    if not (source / "modules.json").exists():
-        return source
-    inner = source
-    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-        kind, path = module["type"].rpartition(".")[2], source / module["path"]
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise UsageError(f"{source}: modules.json names {module['path']}, outside it: refused")
-        if kind == "Transformer":
-            inner = path
-        elif kind == "Pooling":
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            modes = _pooling_modes(config)
-            if modes != ["mean"]:
-                raise UsageError(
-                    f"{path}: the encoder pools by {' and '.join(modes)}; only mean pooling is "
-                    "supported: choose another sentence encoder"
-                )
-        elif kind != "Normalize":
-            raise UsageError(
-                f"{source}: the encoder has a {kind} module; only a transformer with mean pooling "
-                "is supported: choose another sentence encoder"
-            )
-    return inner
-
-
-def _pooling_modes(config: dict[str, Any]) -> list[str]:
-    """What a pooling module's config asks for: in one key, or (older files) a flag a mode."""
-    if "pooling_mode" in config:
-        modes = config["pooling_mode"]
-        return [modes] if isinstance(modes, str) else list(modes)
-    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    return [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
+    mend = "choose another sentence encoder"
+    try:
+        encoder = SentenceEncoder(folder / bundle.ENCODER, folder / bundle.ENCODER_TOKENIZER)
+        found = encoder.encode(_CHECKED)
+    except BundleError as error:
+        raise UsageError(f"{source}: labelling cannot run its graph ({error}): {mend}") from error
+    if found.shape != expected.shape:
+        raise UsageError(f"{source}: its graph gives {found.shape}, not {expected.shape}: {mend}")
+    lowest = float((found * expected).sum(axis=1).min())
+    if not lowest >= least:  # nor is it NaN
+        raise UsageError(
+            f"{source}: a sentence has another embedding in the graph than in sentence-transformers"
+            f" (cosine {lowest:.6f}, below {least}): {mend}"
+        )
 
 
 def _run(encoder: PooledEncoder, tokenizer: Tokenizer) -> None:

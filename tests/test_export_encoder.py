@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,87 +11,26 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
-import torch
 from conftest import python, write_tokenizer
-from tokenizers import Tokenizer, processors
-from transformers import AutoModel, BertConfig, BertModel
+from helpers.sentence_model import (
+    LINES,
+    POOLINGS,
+    change,
+    copy_model,
+    describe,
+    library,
+    open_encoder,
+    original,
+    write_sentence_model,
+)
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
 from ercbatch.errors import UsageError
 from ercbatch.retrieval.encoder import SentenceEncoder
 from export.encoder import export_encoder
 
 pytestmark = pytest.mark.transformers
-
-LINES = [
-    "We won, we won!",
-    "",
-    "Where is my parcel? It was at the door an hour ago, and now it is gone again.",
-    "oh",
-    "   ",
-    "No. Please, not today: I was up all night with a sick cat and two happy children.",
-    "The train is late",
-    "Thank you so much!",
-    "Größe 42 — 日本語 🙂",
-] + [f"this is line {number}{' and so on' * (number % 7)}" for number in range(30)]
-
-
-def write_sentence_model(folder: Path) -> Path:
-    """A tiny model in sentence-transformers' layout, with random weights."""
-    torch.manual_seed(2)
-    write_tokenizer(folder, "bert")
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    marks = [(mark, tokenizer.token_to_id(mark)) for mark in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, marks)
-    tokenizer.enable_truncation(9)  # the file's own settings must not count
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(path)
-    BertModel(
-        BertConfig(
-            vocab_size=600,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            initializer_range=0.1,
-        )
-    ).save_pretrained(folder)
-    describe(folder, ["Transformer", "Pooling", "Normalize"], {"pooling_mode_mean_tokens": True})
-    return folder
-
-
-def describe(folder: Path, modules: Sequence[str], pooling: dict[str, object]) -> None:
-    entries = [
-        {
-            "idx": i,
-            "name": str(i),
-            "path": "" if name == "Transformer" else f"{i}_{name}",
-            "type": f"sentence_transformers.models.{name}",
-        }
-        for i, name in enumerate(modules)
-    ]
-    (folder / "modules.json").write_text(json.dumps(entries))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    config = {"word_embedding_dimension": 64, **pooling}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-
-
-def original(source: Path, lines: Sequence[str]) -> npt.NDArray[np.float32]:
-    """The embeddings of the PyTorch model, one line at a time, pooled here."""
-    model = AutoModel.from_pretrained(source).eval()
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(128)
-    with torch.inference_mode():
-        means = [
-            model(torch.tensor([tokenizer.encode(line).ids])).last_hidden_state[0].mean(0).numpy()
-            for line in lines
-        ]
-    return np.stack([mean / np.linalg.norm(mean) for mean in means])
-
-
-def open_encoder(folder: Path, **settings: int) -> SentenceEncoder:
-    return SentenceEncoder(folder / "encoder.onnx", folder / "encoder_tokenizer.json", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -223,25 +161,139 @@ def test_a_plain_transformers_folder_is_pooled_by_the_mean(
         (tmp_path / name).write_bytes((source / name).read_bytes())
     export_encoder(tmp_path, tmp_path / "encoder", quantize=False)
     found = open_encoder(tmp_path / "encoder").encode(LINES)
-    assert np.array_equal(found, open_encoder(float_folder).encode(LINES))
+    assert np.abs(found - open_encoder(float_folder).encode(LINES)).max() < 1e-6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda pooling: "-".join(pooling))
+def test_each_pooling_gives_the_embeddings_of_the_library(
+    source: Path, tmp_path: Path, pooling: dict[str, object], normalize: bool
+) -> None:
+    """Padded as well: the library's encoder pads, `SentenceEncoder` does not."""
+    model = copy_model(source, tmp_path / "model")
+    describe(model, ["Transformer", "Pooling", *["Normalize"] * normalize], pooling)
+    expected = library(model, LINES)
+    export_encoder(model, tmp_path / "float", quantize=False)
+    assert np.abs(open_encoder(tmp_path / "float").encode(LINES) - expected).max() < 1e-5
+    export_encoder(model, tmp_path / "int8")
+    cosines = (open_encoder(tmp_path / "int8").encode(LINES) * expected).sum(1)
+    assert cosines.min() > 0.99
+    session = onnxruntime.InferenceSession(
+        tmp_path / "float" / "encoder.onnx", providers=["CPUExecutionProvider"]
+    )
+    tokenizer = Tokenizer.from_file(str(tmp_path / "float" / "encoder_tokenizer.json"))
+    tokenizer.enable_truncation(128)
+    tokenizer.enable_padding()
+    encoded = tokenizer.encode_batch(LINES)
+    inputs = {
+        "input_ids": np.array([e.ids for e in encoded]),
+        "attention_mask": np.array([e.attention_mask for e in encoded]),
+    }
+    assert np.abs(session.run(None, inputs)[0] - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("modules", "pooling", "message"),
+    "types",
     [
-        (["Transformer", "Pooling"], {"pooling_mode_cls_token": True}, "pools by cls_token"),
-        (["Transformer", "Pooling"], {"pooling_mode": "lasttoken"}, "pools by lasttoken"),
-        (["Transformer", "Pooling"], {"pooling_mode": ["mean", "max"]}, "pools by mean and max"),
-        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "has a Dense module"),
+        "sentence_transformers.models.{}",
+        "sentence_transformers.models.{0}.{0}",
+        "sentence_transformers.sentence_transformer.modules.{}",
     ],
 )
-def test_another_kind_of_encoder_is_refused(
-    source: Path, tmp_path: Path, modules: list[str], pooling: dict[str, object], message: str
+def test_the_module_names_of_old_and_new_releases_are_read(
+    source: Path, tmp_path: Path, types: str
 ) -> None:
-    """Both forms of the pooling config that sentence-transformers has written."""
-    describe(tmp_path, modules, pooling)
-    with pytest.raises(UsageError, match=message + ".*choose another sentence encoder"):
-        export_encoder(tmp_path, tmp_path / "out")
+    if ".sentence_transformer." in types:
+        pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    model = copy_model(source, tmp_path / "model")
+    describe(model, ["Transformer", "Pooling", "Normalize"], POOLINGS[0], types)
+    export_encoder(model, tmp_path / "encoder")
+
+
+def test_a_model_that_the_library_saved_is_read(source: Path, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
+    model.save(str(tmp_path / "model"), create_model_card=False)
+    export_encoder(tmp_path / "model", tmp_path / "encoder", quantize=False)
+    found = open_encoder(tmp_path / "encoder").encode(LINES)
+    assert np.abs(found - library(source, LINES)).max() < 1e-5
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_found(source: Path, tmp_path: Path) -> None:
+    """As the library's first releases wrote it."""
+    model = tmp_path / "model"
+    copy_model(source, model / "0_Transformer")
+    for name in ("modules.json", "1_Pooling"):
+        (model / "0_Transformer" / name).rename(model / name)
+    entries = json.loads((model / "modules.json").read_text())
+    entries[0]["path"] = "0_Transformer"
+    (model / "modules.json").write_text(json.dumps(entries))
+    change(model / "0_Transformer" / "sentence_bert_config.json", max_seq_length=64)
+    export_encoder(model, tmp_path / "encoder", quantize=False)
+    found = open_encoder(tmp_path / "encoder").encode(LINES)
+    assert np.abs(found - original(source, LINES)).max() < 1e-5
+
+
+PROMPTS = {"query": "where: ", "document": "", "same": "please "}
+
+
+@pytest.mark.parametrize("default", ["query", "same"])
+def test_the_default_prompt_is_put_before_each_text(
+    source: Path, tmp_path: Path, default: str
+) -> None:
+    """Its tokens count among those to which a text is cut, as in the library."""
+    model = copy_model(source, tmp_path / "model")
+    plain = library(model, LINES)
+    path = model / "config_sentence_transformers.json"
+    change(path, prompts=PROMPTS, default_prompt_name=default)
+    export_encoder(model, tmp_path / "encoder", quantize=False)
+    lines = [*LINES, "the train is late " * 99]
+    found, expected = open_encoder(tmp_path / "encoder").encode(lines), library(model, lines)
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(found[:-1] - plain).max() > 0.01
+
+
+def test_embeddings_are_cut_to_the_dimensions_of_the_model(source: Path, tmp_path: Path) -> None:
+    """Before they are scaled to length 1. Older releases of the library leave this to a call."""
+    model = copy_model(source, tmp_path / "model")
+    change(model / "config_sentence_transformers.json", truncate_dim=16)
+    export_encoder(model, tmp_path / "encoder", quantize=False)
+    found, expected = open_encoder(tmp_path / "encoder").encode(LINES), library(model, LINES)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_a_byte_level_tokenizer_takes_the_space_after_a_prompt(tmp_path: Path) -> None:
+    """A text's first word has another token after a space than at the beginning."""
+    model = tmp_path / "model"
+    write_sentence_model(model)
+    (model / "tokenizer.json").unlink()
+    write_tokenizer(model, "bpe")
+    path = model / "config_sentence_transformers.json"
+    change(path, prompts=PROMPTS, default_prompt_name="query")
+    export_encoder(model, tmp_path / "encoder", quantize=False)
+    lines = [line for line in LINES if line.strip()]
+    found = open_encoder(tmp_path / "encoder").encode(lines)
+    assert np.abs(found - library(model, lines)).max() < 1e-5
+
+
+def test_other_prompts_are_not_used(source: Path, tmp_path: Path, float_folder: Path) -> None:
+    """They tell queries from documents; an utterance is compared with utterances."""
+    model = copy_model(source, tmp_path / "model")
+    change(model / "config_sentence_transformers.json", prompts=PROMPTS)
+    export_encoder(model, tmp_path / "encoder", quantize=False)
+    for name in ("encoder.onnx", "encoder_tokenizer.json"):
+        assert (tmp_path / "encoder" / name).read_bytes() == (float_folder / name).read_bytes()
+
+
+def test_the_command_exports_a_model_of_the_library(source: Path, tmp_path: Path) -> None:
+    model = copy_model(source, tmp_path / "model")
+    describe(model, ["Transformer", "Pooling"], POOLINGS[1])
+    path = model / "config_sentence_transformers.json"
+    change(path, prompts=PROMPTS, default_prompt_name="query")
+    done = python("-m", "export", "encoder", model, "-o", tmp_path / "encoder")
+    assert done.returncode == 0, done.stderr
+    cosines = (open_encoder(tmp_path / "encoder").encode(LINES) * library(model, LINES)).sum(1)
+    assert cosines.min() > 0.99
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -256,8 +308,8 @@ def test_encoding_needs_no_torch(folder: Path) -> None:
         "from ercbatch.retrieval.encoder import SentenceEncoder; f = Path(sys.argv[1]);"
         "e = SentenceEncoder(f / 'encoder.onnx', f / 'encoder_tokenizer.json');"
         "b = build_bank([Demonstration('yes', 'joy')], e); print(b.nearest(e.encode(['no']), 1));"
-        "print([m for m in ('torch', 'transformers', 'onnx', 'train', 'export')"
-        " if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'sentence_transformers', 'onnx', 'train',"
+        " 'export') if m in sys.modules])"
     )
     done = python("-c", code, folder)
     assert done.stdout.splitlines() == ["[(Demonstration(text='yes', label='joy'),)]", "[]"], (

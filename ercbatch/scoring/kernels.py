@@ -7,6 +7,7 @@ runs nothing but what was installed.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 def hide_kernels() -> None:
     """Make `kernels` a package that is not installed, for this process."""
+    # Without it, bitsandbytes logs an error when it is imported on a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's own sign for that
 
 
@@ -23,7 +26,7 @@ def hidden_kernels() -> Iterator[None]:
     """Make `kernels` a package that is not installed, in this context."""
     absent = object()
     original: Any = sys.modules.get("kernels", absent)
-    hide_kernels()
+    sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
