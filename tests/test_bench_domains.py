@@ -50,7 +50,7 @@ def test_written_dialogues_share_few_phrases(written: dict[str, list[Any]]) -> N
     assert len(repeated) < 0.5 * len(found)
 
 
-def test_kappa_is_that_of_scikit_learn(written: dict[str, list[Any]]) -> None:
+def test_kappa_equals_that_of_scikit_learn(written: dict[str, list[Any]]) -> None:
     labelled = [pair for record in written["valid"] for pair in pairs(record)]
     firsts, seconds = zip(*labelled, strict=True)
     assert kappa(labelled, LABELS) == pytest.approx(cohen_kappa_score(firsts, seconds))

@@ -35,7 +35,7 @@ def test_every_form_is_exported_and_labels(tmp_path: Path) -> None:
     assert found["forms"]["int8"]["bundle_mb"] < found["forms"]["fp32"]["bundle_mb"]
 
 
-def test_a_form_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+def test_failing_form_is_reported_and_the_others_continue(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{}\n")
     done = python(

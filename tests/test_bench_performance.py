@@ -200,7 +200,7 @@ def test_the_page_has_every_result_and_is_the_same_again(results: Path, tmp_path
         ("machine", None, "has no machine.json: write there what"),
     ],
 )
-def test_what_is_no_result_is_named(
+def test_file_that_is_not_a_result_is_named(
     results: Path, tmp_path: Path, name: str, text: str | None, message: str
 ) -> None:
     path = results / f"{name}.json"

@@ -13,7 +13,7 @@ from benchmarks.limit import Products, Work, work
 from ercbatch.errors import UsageError
 
 
-def test_engines_agree_and_one_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_engines_agree_and_a_missing_one_is_reported(tmp_path: Path) -> None:
     done = python(
         *("-m", "benchmarks.throughput", tmp_path, CHAT, "--model", "tiny-llama", "--rounds", "2"),
         *("--dialogues", "4", "--engines", "ours-fp32,transformers,llama.cpp-fp32"),
@@ -32,7 +32,7 @@ def test_engines_agree_and_one_that_is_missing_is_told(tmp_path: Path) -> None:
     assert found["tokens_needed"] <= found["tokens_computed"] < found["tokens_separate"]
 
 
-def test_a_bundle_is_held_against_the_limit() -> None:
+def test_bundle_speed_is_compared_with_the_limit() -> None:
     done = python("-m", "benchmarks.limit", "mini", CHAT, "--rounds", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -80,9 +80,7 @@ def test_a_format_of_the_future_is_refused(bundle_folder: Path, tmp_path: Path) 
         read_info(tmp_path)
 
 
-def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
-    bundle_folder: Path, tmp_path: Path
-) -> None:
+def test_bank_build_writes_a_bundle_with_own_examples(bundle_folder: Path, tmp_path: Path) -> None:
     examples, out = EXAMPLES / "my_examples.jsonl", tmp_path / "mine"
     done = cli("bank", "build", examples, "--bundle", bundle_folder, "-o", out, "--demos", "2")
     assert done.returncode == 0, done.stderr
@@ -108,7 +106,7 @@ def test_a_bank_of_ones_own_examples_makes_a_new_bundle(
 
 
 @pytest.mark.parametrize(("shown", "words"), [(0.3, "worse"), (0.495, None), (0.6, None)])
-def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
+def test_bank_build_warns_if_demonstrations_harm(
     bundle_folder: Path, tmp_path: Path, shown: float, words: str | None
 ) -> None:
     base = tmp_path / "base"
@@ -126,14 +124,14 @@ def test_a_bundle_that_demonstrations_were_seen_to_harm_warns(
         assert "worse on its meld, labelled_chat (weighted F1 30.0%, 50.0% wi" in done.stderr
 
 
-def test_an_export_of_no_run_says_what_to_run(encoder_folder: Path, tmp_path: Path) -> None:
+def test_export_without_a_run_names_the_train_command(encoder_folder: Path, tmp_path: Path) -> None:
     examples = ("--encoder", encoder_folder, "--examples", EXAMPLES / "my_examples.jsonl")
     done = export_bundle(tmp_path, tmp_path / "b", *examples)
     assert done.returncode == 2
     assert "python -m train fit" in done.stderr
 
 
-def test_a_folder_called_like_a_packaged_bundle_does_not_stand_in_for_it(
+def test_folder_does_not_shadow_a_packaged_bundle(
     bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(bundle_folder, tmp_path / "mini")

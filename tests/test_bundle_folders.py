@@ -21,7 +21,7 @@ def write(folder: Path, text: str, *, force: bool = False) -> None:
         (part / MARKER).write_text(text)
 
 
-def test_nothing_but_its_own_kind_is_replaced(tmp_path: Path) -> None:
+def test_force_replaces_only_folders_of_its_own_kind(tmp_path: Path) -> None:
     thesis = tmp_path / "docs" / "thesis"
     thesis.parent.mkdir()
     thesis.write_text("mine")
@@ -42,7 +42,7 @@ def test_nothing_but_its_own_kind_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "docs"]
 
 
-def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+def test_inputs_are_not_overwritten(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     write(run, "read")
     write(tmp_path / "runs" / "two", "beside")
@@ -53,7 +53,7 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
     check_output(run / "inside", MARKER, force=True, inputs=[run])
 
 
-def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+def test_replacing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     write(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to("real")
     write(tmp_path / "link", "new", force=True)
@@ -62,7 +62,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_rights_are_those_of_new_files(tmp_path: Path, mask: int) -> None:
+def test_output_has_the_rights_of_new_files(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         write(tmp_path / "b", "x")
@@ -72,7 +72,7 @@ def test_rights_are_those_of_new_files(tmp_path: Path, mask: int) -> None:
     assert (tmp_path / "b" / MARKER).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_what_was_there_is_there_still_when_the_new_cannot_be_put(
+def test_failed_replacement_keeps_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "b", "old")
@@ -95,7 +95,7 @@ def test_what_was_there_is_there_still_when_the_new_cannot_be_put(
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_live_one_writes_is_not(
+def test_leftovers_of_killed_processes_are_removed(
     tmp_path: Path,
 ) -> None:
     script = (

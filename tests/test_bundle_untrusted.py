@@ -98,7 +98,7 @@ def test_a_description_is_whole_or_refused(copy: Path) -> None:
             read_info(copy)
 
 
-def test_a_description_that_is_no_small_file_is_refused(copy: Path) -> None:
+def test_description_that_is_not_a_small_file_is_refused(copy: Path) -> None:
     manifest = copy / files.MANIFEST
     manifest.write_text("[" * 200_000)
     with pytest.raises(BundleError, match="not a bundle description"):
@@ -128,7 +128,7 @@ def test_what_is_not_listed_is_not_opened(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"garbage", b"\xff" * 5000])
-def test_files_that_are_something_else_are_refused(copy: Path, content: bytes) -> None:
+def test_files_of_another_kind_are_refused(copy: Path, content: bytes) -> None:
     for name in read_info(copy).files:
         if name in (files.CARD, files.CARD_JSON):
             continue

@@ -37,7 +37,7 @@ def random_answers(seed: int, count: int, labels: tuple[str, ...]) -> list[Answe
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("abstain", [0.0, 0.3])
-def test_figures_are_those_of_scikit_learn(seed: int, abstain: float) -> None:
+def test_metrics_equal_those_of_scikit_learn(seed: int, abstain: float) -> None:
     # Few utterances over many labels, so that some labels have no gold, or no prediction.
     labels = label_set("unified").labels
     answers = [

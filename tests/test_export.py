@@ -113,9 +113,7 @@ def test_the_merged_checkpoint_is_an_ordinary_one(trained: Path, tmp_path: Path)
     assert torch.allclose(one, base, atol=1e-5)
 
 
-def test_without_validation_data_nothing_vouches_for_a_bundle(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_export_without_validation_data_is_refused(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     described = json.loads((run / "run.json").read_text())
@@ -168,9 +166,7 @@ def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("form", "module"), [("nf4", "bitsandbytes"), ("optimum", "optimum")])
-def test_a_missing_library_is_told_before_the_model_is_loaded(
-    form: str, module: str, tmp_path: Path
-) -> None:
+def test_missing_library_is_reported_before_loading(form: str, module: str, tmp_path: Path) -> None:
     done = python(
         "-c",
         f"import sys; sys.modules[{module!r}] = None\n"
@@ -215,7 +211,7 @@ def test_an_adapter_without_its_base_is_refused(
 
 
 @pytest.mark.parametrize("command", ["bundle", "encoder", "checkpoint"])
-def test_a_full_disk_leaves_nothing_behind(
+def test_export_to_a_full_disk_leaves_no_files(
     command: str, trained: Path, bundle_folder: Path, tmp_path: Path
 ) -> None:
     """A limit on the size of a file stands in for it: the same error from the same calls."""
@@ -241,7 +237,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not any(tmp_path.iterdir())
 
 
-def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(trained: Path, tmp_path: Path) -> None:
     def asked(folder: Path, *options: str | Path) -> Result:
         words = ("bundle", trained, "-o", folder, "--name", "x", "--licence", "MIT", *options)
         return CliRunner().invoke(main, list(map(str, words)))
@@ -274,7 +270,7 @@ def test_settings_that_contradict_each_other_are_told(trained: Path, tmp_path: P
     assert (trained / "run.json").is_file()
 
 
-def test_a_stopped_export_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+def test_stopped_export_leaves_no_files(trained: Path, tmp_path: Path) -> None:
     command = ("-m", "export", "bundle", trained, "-o", tmp_path / "bundle", "--name", "x")
     with Popen(
         [sys.executable, *command, "--licence", "MIT", "--also-checkpoint", tmp_path / "model"],

@@ -75,7 +75,7 @@ def test_adapters_go_on_the_attention_projections(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_packed_is_refused_before_training(kind: str, tmp_path: Path) -> None:
+def test_model_that_cannot_be_packed_is_refused_before_training(kind: str, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, write_model(tmp_path / "base", kind))
     done = python("-m", "train", "fit", path, "-o", tmp_path / "run")
     assert done.returncode == 2

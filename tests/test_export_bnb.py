@@ -118,7 +118,7 @@ def chats() -> list[Dialogue]:
     return [dialogue for path in (CHATS, CHAT) for _, dialogue in read_dialogues(path)]
 
 
-def test_it_labels_and_the_manifest_says_what_with(folder: Path, tmp_path: Path) -> None:
+def test_manifest_names_what_labelled(folder: Path, tmp_path: Path) -> None:
     outputs = []
     for runtime in ("auto", "bnb"):
         out = tmp_path / f"{runtime}.jsonl"

@@ -83,7 +83,7 @@ def test_quantized_weights_come_back_rounded(bundle_folder: Path, tmp_path: Path
     assert write(bundle_folder, tmp_path / "checkpoint").returncode == 0
 
 
-def test_what_is_no_checkpoint_is_told(
+def test_folder_without_a_checkpoint_is_refused(
     bundle_folder: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "llama", "llama")

@@ -82,7 +82,7 @@ def write_hostile(model: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["evil.Transformer", "evil", "transformers.models.{}", "os.path"])
-def test_a_module_of_a_strangers_is_not_imported(
+def test_untrusted_module_is_not_imported(
     source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Releases of the library up to 5 would run the file."""
@@ -94,7 +94,7 @@ def test_a_module_of_a_strangers_is_not_imported(
     assert not ran.exists()
 
 
-def test_the_command_imports_no_module_of_a_strangers(source: Path, tmp_path: Path) -> None:
+def test_command_imports_no_untrusted_module(source: Path, tmp_path: Path) -> None:
     model = copy_model(source, tmp_path / "model")
     ran = write_hostile(model, "evil.Transformer")
     done = python("-m", "export", "encoder", model, "-o", tmp_path / "out", PYTHONPATH=str(model))
@@ -143,7 +143,7 @@ ANOTHER_METHOD = {"text": {"method": "save_pretrained", "method_output_name": No
         (lambda m: (m / "modules.json").write_text('{"a": 1}'), "cannot be exported"),
     ],
 )
-def test_what_a_strangers_model_asks_for_is_checked(
+def test_settings_of_an_untrusted_model_are_checked(
     source: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     model = copy_model(source, tmp_path / "model")

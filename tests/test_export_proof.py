@@ -59,7 +59,7 @@ def test_label_shift_finds_how_common_labels_are() -> None:
     assert plain.predictions[1].metrics()["accuracy"] == twice[1].metrics()["accuracy"]
 
 
-def test_calibration_is_told_by_dialogues_that_it_was_not_fitted_on() -> None:
+def test_calibration_error_is_cross_validated() -> None:
     found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).metrics
     assert found.utterances == 3000
     assert found.temperature == pytest.approx(2.0, rel=0.1)
@@ -81,7 +81,7 @@ def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
     assert found < 0.8 * calibrate([large]).scaling.temperature
 
 
-def test_a_temperature_that_makes_nothing_likelier_is_not_taken() -> None:
+def test_temperature_that_does_not_help_is_not_kept() -> None:
     found = [calibrate([drawn(60, 1.0, seed)]).metrics for seed in range(12)]
     left = [f for f in found if f.temperature == 1.0]
     assert 0 < len(left) < 12
@@ -108,7 +108,7 @@ def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
     assert recommend(confidence[:20], np.ones(20, bool), 0.8).min_confidence is None
 
 
-def test_what_falls_short_is_named() -> None:
+def test_losses_are_named() -> None:
     original = Measurement("meld", "chats", drawn(1000, 1.0), 2.0)
     same = compare(replace(original, seconds=1.0), original)
     assert (same.agreement, same.largest_difference, same.speed_ratio) == (1.0, 0.0, 2.0)

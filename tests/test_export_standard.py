@@ -213,7 +213,7 @@ def packed(llama: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathF
     return open_bundle(folder)
 
 
-def test_a_bundle_of_it_labels_as_the_packed_one(
+def test_optimum_bundle_gives_the_labels_of_the_packed_one(
     write_standard: Writer, llama: Path, packed: Bundle, tmp_path: Path
 ) -> None:
     def fill(part: Path) -> BundleInfo:

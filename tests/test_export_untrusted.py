@@ -32,7 +32,7 @@ pytestmark = pytest.mark.transformers
         ({"is_decoder": False}, "`python -m train base`"),
     ],
 )
-def test_a_base_that_is_no_causal_lm_is_refused(
+def test_base_without_a_causal_model_is_refused(
     bert: Path, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     shutil.copytree(bert, tmp_path / "base")
@@ -142,7 +142,7 @@ def test_links_within_a_hubs_cache_are_followed(bert: Path, tmp_path: Path) -> N
         ({"quantization_config": ["x"]}, "cannot be loaded"),
     ],
 )
-def test_an_odd_configuration_ends_in_a_sentence(
+def test_unusable_configuration_is_refused_in_a_sentence(
     bert: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     base = tmp_path / "base"
@@ -162,7 +162,7 @@ def test_nothing_imports_kernels(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Path) -> None:
+def test_chat_template_cannot_write_files(bert: Path, tmp_path: Path) -> None:
     """Transformers takes the names of a stranger's templates for paths (CVE-2026-9856)."""
     base, out = tmp_path / "base", tmp_path / "a" / "b" / "c"
     shutil.copytree(bert, base)
@@ -191,7 +191,7 @@ def test_no_file_is_written_where_a_chat_template_says(bert: Path, tmp_path: Pat
         {"unheard_of": "x"},
     ],
 )
-def test_an_adapter_that_says_more_than_ours_is_refused(
+def test_adapter_with_other_settings_is_refused(
     trained: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     run = tmp_path / "run"
@@ -202,7 +202,7 @@ def test_an_adapter_that_says_more_than_ours_is_refused(
         load_run(run)
 
 
-def test_a_run_that_is_not_what_it_was_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_run_with_altered_files_is_refused(trained: Path, tmp_path: Path) -> None:
     def tried(words: str, change: Callable[[Path, dict[str, Any]], object]) -> None:
         run = tmp_path / "run"
         shutil.copytree(trained, run)

@@ -257,7 +257,7 @@ def test_a_broken_file_is_named_with_its_line(
     assert str(tmp_path / "in.csv") in str(caught.value)
 
 
-def test_sources_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         list(convert("meld", tmp_path / "none.csv"))
     with pytest.raises(InputError, match="name the folder of the IEMOCAP release"):

@@ -31,7 +31,7 @@ LAST_CALLS = 13
 
 
 @pytest.mark.parametrize("call", [*CALLS, *SIGNALS])
-def test_whatever_call_fails_the_run_can_go_on(
+def test_run_resumes_after_any_failed_call(
     bundle_folder: Path, tmp_path: Path, faults: Path, call: str
 ) -> None:
     """The first of the calls fails, then the second, and so on; or a signal comes there."""
@@ -81,9 +81,7 @@ def test_whatever_call_fails_the_run_can_go_on(
         list(pool.map(fails_and_goes_on, every))
 
 
-def test_a_disk_that_gives_no_more_is_no_bad_line(
-    bundle_folder: Path, tmp_path: Path, faults: Path
-) -> None:
+def test_read_error_is_not_a_reject(bundle_folder: Path, tmp_path: Path, faults: Path) -> None:
     """The first look at the inputs reads them for their digests."""
     inputs = write_inputs(tmp_path / "in", 60, random.Random(2))
     calm = Run(inputs, tmp_path / "calm", ("--bundle", str(bundle_folder)))

@@ -38,7 +38,7 @@ def cli_amid(
 @pytest.mark.parametrize(
     "name", ["out", "out.part", "out.journal", "out.manifest.json", "out.rejects.jsonl"]
 )
-def test_what_is_no_file_is_not_written(
+def test_output_that_is_not_a_file_is_refused(
     bundle_folder: Path, source: Path, name: str, kind: str
 ) -> None:
     place, other = source.with_name(name), source.with_name("other")
@@ -70,9 +70,7 @@ def test_rejects_that_cannot_be_made_leave_nothing(
         assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
 
 
-def test_a_write_that_fails_once_puts_nothing_in_twice(
-    bundle_folder: Path, source: Path, faults: Path
-) -> None:
+def test_failed_write_duplicates_no_line(bundle_folder: Path, source: Path, faults: Path) -> None:
     """Outputs of over a megabyte are written between the commits too, and may be in part."""
     source.write_bytes(b"".join(TURNS % (n, b"x" * 300_000) for n in range(12)))
     for number in range(1, 7):
@@ -87,7 +85,7 @@ def test_a_write_that_fails_once_puts_nothing_in_twice(
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
-def test_a_commit_that_fails_when_all_is_labelled_is_no_success(
+def test_failed_last_commit_fails_the_run(
     bundle_folder: Path, source: Path, faults: Path, number: int
 ) -> None:
     """The first two are of a new journal; then come rejects, output and journal of a commit."""
@@ -101,7 +99,7 @@ def test_a_commit_that_fails_when_all_is_labelled_is_no_success(
     assert [json.loads(line)["id"] for line in out.read_bytes().splitlines()] == [*range(300)]
 
 
-def test_what_is_not_what_was_written_is_not_put_in_place(
+def test_altered_output_is_not_put_in_place(
     bundle_folder: Path, source: Path, faults: Path
 ) -> None:
     out = source.with_name("out")
@@ -115,7 +113,7 @@ def test_what_is_not_what_was_written_is_not_put_in_place(
     assert not out.exists()
 
 
-def test_an_output_of_stdin_that_fails_cannot_be_gone_on_with(
+def test_failed_run_from_stdin_cannot_be_resumed(
     bundle_folder: Path, source: Path, faults: Path
 ) -> None:
     done = shell(
@@ -132,9 +130,7 @@ def test_an_output_of_stdin_that_fails_cannot_be_gone_on_with(
     assert "go on" not in done.stderr
 
 
-def test_an_input_that_was_another_meanwhile_is_labelled_anew(
-    bundle_folder: Path, tmp_path: Path
-) -> None:
+def test_changed_input_is_labelled_from_the_start(bundle_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out"
     good = b"".join(TURNS % (n, b"") for n in range(3000))
     source.write_bytes(good)
@@ -152,9 +148,7 @@ def test_an_input_that_was_another_meanwhile_is_labelled_anew(
     assert out.read_bytes().count(b"gone") == 3000
 
 
-def test_an_input_is_not_taken_for_what_an_earlier_run_left(
-    bundle_folder: Path, tmp_path: Path
-) -> None:
+def test_input_is_not_mistaken_for_an_earlier_output(bundle_folder: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / name).write_bytes(GOOD)
@@ -167,7 +161,7 @@ def test_an_input_is_not_taken_for_what_an_earlier_run_left(
     assert (tmp_path / "data" / "b.jsonl").read_bytes() == GOOD
 
 
-def test_an_input_that_is_away_for_a_while_is_no_pipe(bundle_folder: Path, tmp_path: Path) -> None:
+def test_missing_input_is_not_taken_for_a_pipe(bundle_folder: Path, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for path, count in zip(paths, (8000, 1), strict=True):
         path.write_bytes(TURNS % (1, b"") * count)
@@ -187,7 +181,7 @@ def test_an_input_that_is_away_for_a_while_is_no_pipe(bundle_folder: Path, tmp_p
     assert len(out.read_bytes().splitlines()) == 8001
 
 
-def test_a_run_that_is_done_may_be_asked_again_from_its_folder(
+def test_complete_run_can_be_repeated_from_another_folder(
     bundle_folder: Path, source: Path
 ) -> None:
     asked = f"LABEL . --bundle {bundle_folder} -o out.jsonl --rejects bad.jsonl --resume"
@@ -196,7 +190,7 @@ def test_a_run_that_is_done_may_be_asked_again_from_its_folder(
         assert done.returncode == 3, done.stderr
 
 
-def test_the_input_that_is_another_is_named(bundle_folder: Path, tmp_path: Path) -> None:
+def test_changed_input_is_named(bundle_folder: Path, tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(TURNS % (number, b"") * 300)
     out = tmp_path / "results"
@@ -209,14 +203,14 @@ def test_the_input_that_is_another_is_named(bundle_folder: Path, tmp_path: Path)
     assert set(named) == {str(tmp_path / "7.jsonl")}
 
 
-def test_words_that_stderr_does_not_take_end_no_run(bundle_folder: Path, source: Path) -> None:
+def test_failing_stderr_stops_no_run(bundle_folder: Path, source: Path) -> None:
     done = shell(f"LABEL in.jsonl --bundle {bundle_folder} -o out 2>/dev/full", source.parent)
     assert done.returncode == 3
     assert len(source.with_name("out").read_bytes().splitlines()) == 1
 
 
 @pytest.mark.parametrize("asked", ["--force", "--resume"])
-def test_what_is_asked_stands_above_the_environment(
+def test_command_line_overrides_the_environment(
     bundle_folder: Path, source: Path, asked: str
 ) -> None:
     other = {"--force": "ERCBATCH_LABEL_RESUME", "--resume": "ERCBATCH_LABEL_FORCE"}[asked]

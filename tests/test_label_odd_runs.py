@@ -98,7 +98,7 @@ def test_two_runs_do_not_share_their_rejects(
     assert len(shared.read_bytes().splitlines()) == counts["rejected"] > 2
 
 
-def test_a_journal_that_is_none_is_left_alone(
+def test_file_that_is_not_a_journal_is_left_alone(
     bundle_folder: Path, source: Path, long_source: Path
 ) -> None:
     out = source.with_name("out")
@@ -138,7 +138,7 @@ def test_resume_refuses_a_journal_of_an_earlier_format(
 
 
 @pytest.mark.parametrize("name", ["out.part", "out.rejects.jsonl"])
-def test_what_was_committed_and_altered_is_no_output(
+def test_altered_committed_bytes_are_refused(
     bundle_folder: Path, long_source: Path, name: str
 ) -> None:
     out = long_source.with_name("out")
@@ -150,9 +150,7 @@ def test_what_was_committed_and_altered_is_no_output(
     assert f"{name}: it is not what its journal says" in done.stderr
 
 
-def test_what_was_labelled_from_stdin_is_not_gone_on_with(
-    bundle_folder: Path, source: Path
-) -> None:
+def test_run_from_stdin_is_not_resumed(bundle_folder: Path, source: Path) -> None:
     command = f"LABEL - --bundle {bundle_folder} -o out --quiet"
     assert shell(f"{command} <in.jsonl", source.parent).returncode == 3
     again = shell(f"{command} --resume <in.jsonl", source.parent)
@@ -160,7 +158,7 @@ def test_what_was_labelled_from_stdin_is_not_gone_on_with(
     assert "cannot be read again" in again.stderr
 
 
-def test_limits_end_a_run_and_higher_ones_let_it_go_on(
+def test_run_stopped_by_a_limit_resumes_with_a_higher_one(
     bundle_folder: Path, long_source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -190,7 +188,7 @@ def test_limits_end_a_run_and_higher_ones_let_it_go_on(
         "-o out --rejects .",
     ],
 )
-def test_odd_options_end_in_a_sentence(source: Path, words: str) -> None:
+def test_unusable_options_are_refused_in_a_sentence(source: Path, words: str) -> None:
     done = shell(f"LABEL in.jsonl {words}", source.parent)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -207,7 +205,7 @@ def test_an_empty_name_is_no_input(source: Path) -> None:
     assert "/proc/self/mem: cannot be read" in unreadable.stderr
 
 
-def test_an_output_among_the_inputs_is_none_of_them(
+def test_output_file_is_not_read_as_input(
     bundle_folder: Path, long_source: Path, tmp_path: Path
 ) -> None:
     for given in (str(tmp_path / "all"), str(tmp_path / "all" / "*.jsonl")):
@@ -233,7 +231,7 @@ def test_an_output_among_the_inputs_is_none_of_them(
         ("-o $'caf\\xe9 out' -- -w.jsonl", {}),
     ],
 )
-def test_the_printed_command_goes_on(
+def test_printed_command_resumes(
     bundle_folder: Path, long_source: Path, words: str, environment: dict[str, str]
 ) -> None:
     long_source.rename(long_source.with_name("-w.jsonl"))
@@ -268,7 +266,7 @@ def test_closed_streams_lose_nothing(bundle_folder: Path, source: Path) -> None:
         assert "Bad file descriptor" in done.stderr
 
 
-def test_who_reads_stderr_may_leave(bundle_folder: Path, source: Path) -> None:
+def test_closed_stderr_stops_no_run(bundle_folder: Path, source: Path) -> None:
     source.write_bytes((BAD + GOOD) * 4000)
     done = shell(
         f"set -o pipefail; LABEL in.jsonl --bundle {bundle_folder} 2>&1 >out | head -n 1",
@@ -322,7 +320,7 @@ def test_a_run_in_the_background_is_not_stopped_by_ctrl_c(
     assert shell(script, source.parent).returncode == 3
 
 
-def test_who_may_read_an_output_stays(bundle_folder: Path, source: Path) -> None:
+def test_overwritten_output_keeps_its_rights(bundle_folder: Path, source: Path) -> None:
     out = source.with_name("out")
     out.write_text("old")
     out.chmod(0o600)

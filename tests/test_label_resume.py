@@ -69,14 +69,12 @@ def undisturbed(
     return out.read_bytes()
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    bundle_folder: Path, tmp_path: Path
-) -> None:
+def test_run_killed_many_times_writes_the_same_bytes(bundle_folder: Path, tmp_path: Path) -> None:
     # It raises where a run that was killed ends otherwise than one that was not.
     kill_loop(tmp_path, 25, seed=1, count=40, bundle=str(bundle_folder))
 
 
-def test_a_killed_run_goes_on_from_its_last_commit(
+def test_killed_run_resumes_from_its_last_commit(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
@@ -106,7 +104,7 @@ def test_a_killed_run_goes_on_from_its_last_commit(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_commits_and_prints_the_command_that_goes_on(
+def test_signal_commits_and_prints_the_resume_command(
     bundle_folder: Path,
     long_input: Path,
     undisturbed: bytes,
@@ -134,7 +132,7 @@ def test_a_signal_commits_and_prints_the_command_that_goes_on(
     assert out.read_bytes() == undisturbed
 
 
-def test_a_second_signal_ends_it_at_once(
+def test_second_signal_ends_the_run_at_once(
     bundle_folder: Path, tmp_path: Path, long_input: Path, faults: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
@@ -159,7 +157,7 @@ def test_a_second_signal_ends_it_at_once(
     assert process.returncode == -signal.SIGTERM
 
 
-def test_stdin_cannot_be_gone_on_with(bundle_folder: Path, tmp_path: Path) -> None:
+def test_stdin_cannot_be_resumed(bundle_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = (sys.executable, "-m", "ercbatch", "label", "-", "--bundle", bundle_folder, "-o", out)
     with subprocess.Popen(
@@ -181,7 +179,7 @@ def test_stdin_cannot_be_gone_on_with(bundle_folder: Path, tmp_path: Path) -> No
         assert words in done.stderr.decode()
 
 
-def test_another_run_is_refused_and_told_what_differs(bundle_folder: Path, tmp_path: Path) -> None:
+def test_resume_names_what_differs_from_the_first_run(bundle_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(bundle_folder, tmp_path / "other")
     describe(other, lambda value: value["window"].update(turns=2))
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -224,7 +222,7 @@ def test_another_run_is_refused_and_told_what_differs(bundle_folder: Path, tmp_p
     assert out.read_bytes() == alone.read_bytes()
 
 
-def test_a_run_that_is_done_is_not_run_again(bundle_folder: Path, tmp_path: Path) -> None:
+def test_resume_of_a_complete_run_does_nothing(bundle_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b'{"utterances": [{"text": "it is gone"}]}\n')
     asked = ("label", source, "--bundle", bundle_folder, "-o", out, "--resume")
@@ -314,7 +312,7 @@ def test_an_input_that_grows_meanwhile_is_an_error(
     assert not out.exists()
 
 
-def test_nothing_that_is_read_is_written(bundle_folder: Path, tmp_path: Path) -> None:
+def test_inputs_are_not_written(bundle_folder: Path, tmp_path: Path) -> None:
     names = ("x", "x.part", "x.journal", "x.manifest.json", "x.rejects.jsonl")
     for name in names:
         source = tmp_path / name
@@ -348,7 +346,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_stops_it_and_room_lets_it_go_on(
+def test_run_stopped_by_a_full_disk_resumes_when_there_is_room(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, small_disk: Path
 ) -> None:
     out = small_disk / "out.jsonl"

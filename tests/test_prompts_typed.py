@@ -44,7 +44,7 @@ def test_version_1_quotes_texts_as_they_are_typed() -> None:
 
 
 @given(st.text(max_size=100) | st.text(alphabet=":;)(<3->DPox/ 😂🎉a@.w\n", max_size=60))
-def test_a_text_in_words_is_never_lost(text: str) -> None:
+def test_in_words_never_returns_an_empty_text(text: str) -> None:
     read = in_words(text)
     assert bool(read.strip()) == bool(text.strip())
 

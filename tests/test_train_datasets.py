@@ -37,7 +37,7 @@ def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:
             read_dataset(source)
 
 
-def test_a_label_set_of_ones_own_is_a_file(tmp_path: Path) -> None:
+def test_custom_label_set_is_read_from_a_file(tmp_path: Path) -> None:
     path, labels = tmp_path / "d.jsonl", tmp_path / "moods.json"
     path.write_text('{"utterances": [{"text": "a", "label": "calm"}]}\n')
     labels.write_text('{"name": "moods", "labels": ["tense", "calm"]}')

@@ -131,7 +131,7 @@ def test_no_demonstration_comes_from_the_dialogue_itself(bert: Path) -> None:
     assert said(1.0, len(texts)).shape[1] > said(0.0, len(texts)).shape[1]
 
 
-def test_a_killed_run_goes_on_to_the_same_figures(bert: Path, tmp_path: Path) -> None:
+def test_killed_training_resumes_to_the_same_metrics(bert: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, bert, epochs=10, packs_per_step=1, average=0.5)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = python("-m", "train", "fit", path, "-o", whole)
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(bert: Path, tmp_path: Path) ->
     assert "nothing to resume" in again.stderr
 
 
-def test_any_saved_state_leads_to_the_same_end(bert: Path) -> None:
+def test_training_resumed_anywhere_ends_the_same(bert: Path) -> None:
     """Also the one between two stages, whose optimizer the next stage must not take over."""
     wanted = dataclasses.replace(recipe(), base=str(bert), epochs=2, speaker_epochs=2, average=0.5)
     wanted = dataclasses.replace(wanted, learning_rate=1e-2, packs_per_step=1, pack_tokens=64)
@@ -371,7 +371,7 @@ def test_a_fraction_is_taken_of_each_dataset_or_of_all_merged() -> None:
     assert one != other
 
 
-def test_too_little_memory_is_told_before_anything_is_loaded(bert: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_reported_before_loading(bert: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     for path in bert.iterdir():

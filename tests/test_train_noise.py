@@ -38,7 +38,7 @@ def test_hurried_typing_makes_mistakes_in_few_words() -> None:
     assert all(8 <= len(word) <= 10 for word in wrong)
 
 
-def test_a_text_of_which_nothing_is_left_stays() -> None:
+def test_text_that_would_become_empty_is_kept() -> None:
     dialogue = Dialogue((Utterance("?!", "a", "surprise"), Utterance("Oh!", "b")))
     written = rewritten(dialogue, transcribed, np.random.default_rng(0))
     assert [u.text for u in written.utterances] == ["?!", "oh"]

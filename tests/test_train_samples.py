@@ -162,7 +162,7 @@ def test_trained_weights_are_float32_whatever_the_base_has(bert: Path, tmp_path:
             assert frozen == {torch.bfloat16 if bfloat16 else torch.float32}
 
 
-def test_datasets_are_told_apart_by_the_shortest_name() -> None:
+def test_datasets_get_the_shortest_distinct_names() -> None:
     def names(*paths: str) -> list[str]:
         return distinct_names([Source(path, "meld") for path in paths])
 
