@@ -37,7 +37,10 @@ from ercbatch.labeler import Labeler
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "labelled_chat.jsonl"
-_TEXTS = (_ROOT / "ercbatch" / "prompts.py", _ROOT / "ercbatch" / "data" / "label_sets.json")
+_TEXTS = (
+    _ROOT / "ercbatch" / "prompts" / "templates.py",
+    _ROOT / "ercbatch" / "data" / "label_sets.json",
+)
 """What the tokenizer is trained on, beside the dialogues: where a prompt's words stand."""
 _POLL_SECONDS = 0.02
 """Seconds between two looks at a process."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -91,10 +90,7 @@ def export_encoder(
         OutputError: it cannot be written.
     """
     check_output(folder, bundle.ENCODER, force=force, inputs=[source])
-    with (
-        foreign_errors(UsageError, f"{source}: cannot be exported", NEEDED),
-        TemporaryDirectory() as checked,
-    ):
+    with foreign_errors(UsageError, f"{source}: cannot be exported", NEEDED):
         model = load_sentence_model(Path(source))
         tokenizer = export_tokenizer(model, Path(source), _CHECKED)
         expected = model.encode(
@@ -102,16 +98,15 @@ def export_encoder(
         )
         encoder = PooledEncoder(model)
         graph = _traced(encoder)
-        _save(deepcopy(graph), tokenizer, Path(checked))
-        _compare(source, Path(checked), expected, _LEAST_FLOAT)
-        if quantize:
-            quantize_products(
-                graph, sampler=module_inputs(encoder, lambda: _run(encoder, tokenizer))
-            )
-            quantize_lookups(graph)
     with whole_folder(folder, bundle.ENCODER, force=force) as part:
-        _save(graph, tokenizer, part)
-        _compare(source, part, expected, _LEAST_INT8 if quantize else _LEAST_FLOAT)
+        _save(deepcopy(graph), tokenizer, part)
+        _compare(source, part, expected, _LEAST_FLOAT)
+        if quantize:
+            inputs = module_inputs(encoder, lambda: _run(encoder, tokenizer))
+            quantize_products(graph, sampler=inputs)
+            quantize_lookups(graph)
+            _save(graph, tokenizer, part)
+            _compare(source, part, expected, _LEAST_INT8)
 
 
 def _traced(encoder: PooledEncoder) -> Graph:

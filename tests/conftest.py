@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import ROOT, python
 
 from ercbatch.bundle.bundle import with_digest
 from ercbatch.bundle.manifest import MANIFEST
@@ -26,7 +26,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 CHAT = EXAMPLES / "labelled_chat.jsonl"
 WORDS = """
@@ -35,18 +34,6 @@ peaceful powerful scared the a i you we it is was not my your door train parcel 
 who when no yes oh please thank sorry happy gone here there now today again late lost found
 0 1 2 3 4 5 6 7 8 9 : . , ! ? = ' " < > # _ - select label from conversation
 """.split()
-
-
-def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python on arguments, in the checkout."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python
+from helpers.commands import python
 from test_bank import Vectors, digests, rounds, unit
 
 from ercbatch.labels import LabelSet

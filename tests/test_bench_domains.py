@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT, EXAMPLES, python
+from conftest import CHAT, EXAMPLES
+from helpers.commands import python
 from sklearn.metrics import cohen_kappa_score
 
 from benchmarks.written import LABELS, PARTS, kappa, pairs, part, records, repeated_phrases

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, EXAMPLES, python
+from conftest import CHAT, EXAMPLES
+from helpers.commands import python
 
 from benchmarks.lib.shapes import SHAPES, write_checkpoint
 from ercbatch.inputs.records import read_dialogues

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT, python
+from conftest import CHAT
+from helpers.commands import python
 
 from benchmarks.lib.searches import Truth
 from benchmarks.lib.sentences import converse, invent

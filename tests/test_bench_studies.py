@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, EXAMPLES, python, write_recipe
+from conftest import CHAT, EXAMPLES, write_recipe
+from helpers.commands import python
 
 from benchmarks.studies import STUDIES
 from ercbatch.errors import UsageError

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, python
+from conftest import CHAT
+from helpers.commands import python
 
 from benchmarks.invented import dialogues
 from benchmarks.limit import Products, Work, work

@@ -17,14 +17,13 @@ from click.testing import CliRunner, Result
 from conftest import (
     CHAT,
     EXAMPLES,
-    ROOT,
     UNTRAINED,
     cli,
     export_bundle,
-    python,
     write_model,
     write_sentence_encoder,
 )
+from helpers.commands import ROOT, python
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from peft import PeftModel

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHAT, cli, python, write_model, write_recipe
+from conftest import ARCHITECTURES, CHAT, cli, write_model, write_recipe
+from helpers.commands import python
 
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT, EXAMPLES, cli, python, write_model
+from conftest import CHAT, EXAMPLES, cli, write_model
+from helpers.commands import python
 from safetensors.numpy import save_file
 
 from ercbatch import Labeler

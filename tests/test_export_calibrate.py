@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import CHAT, EXAMPLES, cli, python
+from conftest import CHAT, EXAMPLES, cli
+from helpers.commands import python
 
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle, read_info

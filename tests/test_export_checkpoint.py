@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, python, write_model
+from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, write_model
+from helpers.commands import python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercbatch import Labeler

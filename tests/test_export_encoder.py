@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
-from conftest import python, write_tokenizer
+from conftest import write_tokenizer
+from helpers.commands import python
 from helpers.sentence_model import (
     LINES,
     POOLINGS,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import python
+from helpers.commands import python
 from helpers.sentence_model import (
     POOLINGS,
     change,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import UNTRAINED, export_bundle, python, write_model, write_recipe
+from conftest import UNTRAINED, export_bundle, write_model, write_recipe
+from helpers.commands import python
 from helpers.gguf_file import write_gguf
 from safetensors.numpy import load_file, save_file
 

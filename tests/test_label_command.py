@@ -16,7 +16,8 @@ import click
 import orjson
 import pytest
 import zstandard
-from conftest import EXAMPLES, ROOT, cli, describe
+from conftest import EXAMPLES, cli, describe
+from helpers.commands import ROOT
 from test_inputs_records import BAD
 
 from ercbatch import Labeler

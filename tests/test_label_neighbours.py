@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, describe, python
+from conftest import CHAT, describe
+from helpers.commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

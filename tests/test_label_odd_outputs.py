@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BAD, GOOD, ROOT, cli
+from conftest import BAD, GOOD, cli
+from helpers.commands import ROOT
 from test_label_odd_runs import shell, stopped
 from test_label_resume import begun, label
 

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BAD, GOOD, ROOT, cli
+from conftest import BAD, GOOD, cli
+from helpers.commands import ROOT
 from slow.kill_loop import lines
 from test_label_resume import begun, label
 

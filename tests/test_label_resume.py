@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli, describe
+from conftest import cli, describe
+from helpers.commands import ROOT
 from slow.kill_loop import kill_loop, lines
 
 

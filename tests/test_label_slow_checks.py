@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT, python
+from conftest import CHAT
+from helpers.commands import python
 
 
 def told(*arguments: str | Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, ROOT, cli, write_sentence_encoder
+from conftest import EXAMPLES, cli, write_sentence_encoder
+from helpers.commands import ROOT
 
 pytestmark = pytest.mark.transformers
 

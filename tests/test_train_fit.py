@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHAT, ROOT, python, write_model, write_recipe
+from conftest import CHAT, write_model, write_recipe
+from helpers.commands import ROOT, python
 from helpers.scenes import dataset, recipe, scene
 from safetensors.torch import load_file
 

@@ -12,7 +12,8 @@ from itertools import count, cycle
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, ROOT, cli, write_model, write_sentence_encoder
+from conftest import EXAMPLES, cli, write_model, write_sentence_encoder
+from helpers.commands import ROOT
 from helpers.gguf_file import write_gguf
 
 pytestmark = pytest.mark.transformers

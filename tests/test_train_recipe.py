@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT, ROOT
+from conftest import CHAT
+from helpers.commands import ROOT
 
 from ercbatch.errors import UsageError
 from ercbatch.prompts.tree import Window

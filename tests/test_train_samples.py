@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, python, write_model
+from conftest import EXAMPLES, write_model
+from helpers.commands import ROOT, python
 from helpers.gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, export_bundle, python, write_recipe
+from conftest import CHAT, export_bundle, write_recipe
+from helpers.commands import python
 from helpers.scenes import dataset, recipe, scene
 
 from ercbatch.dialogues import Dialogue, Utterance
