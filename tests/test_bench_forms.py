@@ -18,6 +18,7 @@ pytestmark = pytest.mark.transformers
 UTTERANCES = sum(len(d.utterances) for _, d in read_dialogues(CHAT))
 
 
+@pytest.mark.slow
 def test_every_form_is_exported_and_labels(tmp_path: Path) -> None:
     ask = ("-m", "benchmarks.forms", tmp_path, "--model", "tiny", "--template", "compact")
     done = python(*ask, "--forms", "fp32,int8,nf4", "--rounds", "1", "--threads", "1")
@@ -36,6 +37,7 @@ def test_every_form_is_exported_and_labels(tmp_path: Path) -> None:
     assert found["forms"]["int8"]["bundle_mb"] < found["forms"]["fp32"]["bundle_mb"]
 
 
+@pytest.mark.slow
 def test_failing_form_is_reported_and_the_others_continue(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{}\n")

@@ -162,6 +162,7 @@ def results(
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_has_every_result_and_is_the_same_again(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "speed.md"
     written = last_line("benchmarks.performance", results, page)

@@ -26,6 +26,7 @@ def recipe_file(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_study_is_a_table_and_goes_on_where_it_stopped(recipe_file: Path, tmp_path: Path) -> None:
     ask = ("-m", "benchmarks.studies", "lora-vs-full", recipe_file, "-o", tmp_path, "--seeds")
     first = python(*ask, "1")

@@ -14,6 +14,7 @@ from benchmarks.limit import Products, Work, work
 from ercbatch.errors import UsageError
 
 
+@pytest.mark.slow
 def test_engines_agree_and_a_missing_one_is_reported(tmp_path: Path) -> None:
     done = python(
         *("-m", "benchmarks.throughput", tmp_path, CHAT, "--model", "tiny-llama", "--rounds", "2"),

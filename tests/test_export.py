@@ -153,6 +153,7 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
     assert info.temperatures == {"meld": info.calibration["meld"].temperature}
 
 
+@pytest.mark.slow
 def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     done = export_bundle(
@@ -164,6 +165,7 @@ def test_bitsandbytes_forms_are_exported_too(llama: Path, tmp_path: Path) -> Non
     assert "x (nf4): torch" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "module"), [("nf4", "bitsandbytes"), ("optimum", "optimum")])
 def test_missing_library_is_reported_before_loading(form: str, module: str, tmp_path: Path) -> None:
     done = python(
@@ -209,6 +211,7 @@ def test_an_adapter_without_its_base_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["bundle", "encoder", "checkpoint"])
 def test_export_to_a_full_disk_leaves_no_files(
     command: str, trained: Path, bundle_folder: Path, tmp_path: Path
@@ -269,6 +272,7 @@ def test_contradictory_settings_are_refused(trained: Path, tmp_path: Path) -> No
     assert (trained / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_stopped_export_leaves_no_files(trained: Path, tmp_path: Path) -> None:
     command = ("-m", "export", "bundle", trained, "-o", tmp_path / "bundle", "--name", "x")
     with Popen(

@@ -119,6 +119,7 @@ def chats() -> list[Dialogue]:
     return [dialogue for path in (CHATS, CHAT) for _, dialogue in read_dialogues(path)]
 
 
+@pytest.mark.slow
 def test_manifest_names_what_labelled(folder: Path, tmp_path: Path) -> None:
     outputs = []
     for runtime in ("auto", "bnb"):
@@ -305,6 +306,7 @@ def test_weights_that_are_not_the_models_are_refused(
     assert words in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["bitsandbytes", "torch", "transformers", "accelerate"])
 def test_a_missing_package_is_named_with_what_to_install(
     folders: dict[str, Path], package: str
@@ -320,6 +322,7 @@ def test_a_missing_package_is_named_with_what_to_install(
     assert done.stderr.endswith("pip install '.[bnb]' in a checkout of ercbatch\n")
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_where_the_package_kernels_is_installed(tmp_path: Path) -> None:
     """Bitsandbytes itself would, on a processor with AVX512-BF16: see `import_bitsandbytes`."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): print('fetched')\n")

@@ -94,6 +94,7 @@ def test_untrusted_module_is_not_imported(
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_command_imports_no_untrusted_module(source: Path, tmp_path: Path) -> None:
     model = copy_model(source, tmp_path / "model")
     ran = write_hostile(model, "evil.Transformer")

@@ -154,6 +154,7 @@ def test_unusable_configuration_is_refused_in_a_sentence(
         load_causal_lm(str(base))
 
 
+@pytest.mark.slow
 def test_nothing_imports_kernels(tmp_path: Path) -> None:
     """With it transformers and bitsandbytes, which peft imports, fetch code from the hub."""
     (tmp_path / "kernels").mkdir()

@@ -271,6 +271,7 @@ def test_a_closed_pipe_is_quiet(bundle_folder: Path, tmp_path: Path) -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_everything_and_fills_no_memory(
     bundle_folder: Path, tmp_path: Path
 ) -> None:

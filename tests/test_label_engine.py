@@ -96,6 +96,7 @@ def test_what_fills_no_pack_does_not_wait_for_the_end(
         assert len(taken) < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demonstrations", [0, 1])
 def test_resuming_after_any_item_changes_no_number(
     bundle_folder: Path, demonstrations: int
@@ -123,6 +124,7 @@ def test_resuming_after_any_item_changes_no_number(
         assert [(e.origin, d) for e, d in rest] == [(e.origin, d) for e, d in whole[done + 1 :]]
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_no_number() -> None:
     dialogues = [dialogue for _, dialogue in read_dialogues(Path(CHAT))] * 12
     found = []

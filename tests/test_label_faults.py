@@ -30,6 +30,7 @@ LAST_CALLS = 13
 """What puts a whole output into its place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [*CALLS, *SIGNALS])
 def test_run_resumes_after_any_failed_call(
     bundle_folder: Path, tmp_path: Path, faults: Path, call: str
@@ -81,6 +82,7 @@ def test_run_resumes_after_any_failed_call(
         list(pool.map(fails_and_goes_on, every))
 
 
+@pytest.mark.slow
 def test_read_error_is_not_a_reject(bundle_folder: Path, tmp_path: Path, faults: Path) -> None:
     """The first look at the inputs reads them for their digests."""
     inputs = write_inputs(tmp_path / "in", 60, random.Random(2))

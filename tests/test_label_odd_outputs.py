@@ -71,6 +71,7 @@ def test_rejects_that_cannot_be_made_leave_nothing(
         assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.slow
 def test_failed_write_duplicates_no_line(bundle_folder: Path, source: Path, faults: Path) -> None:
     """Outputs of over a megabyte are written between the commits too, and may be in part."""
     source.write_bytes(b"".join(TURNS % (n, b"x" * 300_000) for n in range(12)))
@@ -85,6 +86,7 @@ def test_failed_write_duplicates_no_line(bundle_folder: Path, source: Path, faul
         assert [json.loads(line)["id"] for line in out.read_bytes().splitlines()] == [*range(12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 4, 5])
 def test_failed_last_commit_fails_the_run(
     bundle_folder: Path, source: Path, faults: Path, number: int

@@ -78,6 +78,7 @@ def test_rejects_are_not_what_the_run_writes_otherwise(bundle_folder: Path, sour
         assert (shown.returncode, "is written otherwise" in shown.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_their_rejects(
     bundle_folder: Path, source: Path, long_source: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_two_runs_do_not_share_their_rejects(
     assert len(shared.read_bytes().splitlines()) == counts["rejected"] > 2
 
 
+@pytest.mark.slow
 def test_file_that_is_not_a_journal_is_left_alone(
     bundle_folder: Path, source: Path, long_source: Path
 ) -> None:
@@ -159,6 +161,7 @@ def test_run_from_stdin_is_not_resumed(bundle_folder: Path, source: Path) -> Non
     assert "cannot be read again" in again.stderr
 
 
+@pytest.mark.slow
 def test_run_stopped_by_a_limit_resumes_with_a_higher_one(
     bundle_folder: Path, long_source: Path, tmp_path: Path
 ) -> None:
@@ -206,6 +209,7 @@ def test_an_empty_name_is_no_input(source: Path) -> None:
     assert "/proc/self/mem: cannot be read" in unreadable.stderr
 
 
+@pytest.mark.slow
 def test_output_file_is_not_read_as_input(
     bundle_folder: Path, long_source: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +228,7 @@ def test_output_file_is_not_read_as_input(
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "environment"),
     [

@@ -70,6 +70,7 @@ def undisturbed(
     return out.read_bytes()
 
 
+@pytest.mark.slow
 def test_run_killed_many_times_writes_the_same_bytes(bundle_folder: Path, tmp_path: Path) -> None:
     # It raises where a run that was killed ends otherwise than one that was not.
     kill_loop(tmp_path, 25, seed=1, count=40, bundle=str(bundle_folder))
@@ -104,6 +105,7 @@ def test_killed_run_resumes_from_its_last_commit(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_commits_and_prints_the_resume_command(
     bundle_folder: Path,
@@ -180,6 +182,7 @@ def test_stdin_cannot_be_resumed(bundle_folder: Path, tmp_path: Path) -> None:
         assert words in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_resume_names_what_differs_from_the_first_run(bundle_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(bundle_folder, tmp_path / "other")
     describe(other, lambda value: value["window"].update(turns=2))
@@ -223,6 +226,7 @@ def test_resume_names_what_differs_from_the_first_run(bundle_folder: Path, tmp_p
     assert out.read_bytes() == alone.read_bytes()
 
 
+@pytest.mark.slow
 def test_resume_of_a_complete_run_does_nothing(bundle_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b'{"utterances": [{"text": "it is gone"}]}\n')
@@ -250,6 +254,7 @@ def test_resume_of_a_complete_run_does_nothing(bundle_folder: Path, tmp_path: Pa
     assert "output.sha256" in refused.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_write_to_one_output(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
@@ -266,6 +271,7 @@ def test_two_runs_cannot_write_to_one_output(
     assert out.read_bytes() == undisturbed
 
 
+@pytest.mark.slow
 def test_a_bundle_replaced_meanwhile_changes_nothing(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
@@ -298,6 +304,7 @@ def test_an_output_that_is_removed_meanwhile_is_an_error(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_an_input_that_grows_meanwhile_is_an_error(
     bundle_folder: Path, long_input: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +354,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_run_stopped_by_a_full_disk_resumes_when_there_is_room(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, small_disk: Path
 ) -> None:
@@ -362,6 +370,7 @@ def test_run_stopped_by_a_full_disk_resumes_when_there_is_room(
     assert out.read_bytes() == undisturbed
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(
     bundle_folder: Path, long_input: Path, undisturbed: bytes, tmp_path: Path, faults: Path
 ) -> None:

@@ -19,6 +19,7 @@ def told(*arguments: str | Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_long_run_accounts_for_every_line(bundle_folder: Path, tmp_path: Path) -> None:
     found = told(
         *("benchmarks.soak", tmp_path, "--dialogues", "4000"),

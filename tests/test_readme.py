@@ -25,6 +25,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     write_sentence_encoder(tmp_path / "all-MiniLM-L6-v2")

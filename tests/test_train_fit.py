@@ -132,6 +132,7 @@ def test_no_demonstration_comes_from_the_dialogue_itself(bert: Path) -> None:
     assert said(1.0, len(texts)).shape[1] > said(0.0, len(texts)).shape[1]
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_metrics(bert: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, bert, epochs=10, packs_per_step=1, average=0.5)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -243,6 +244,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_tested(
     assert any(name.startswith(str(bert)) for name in run["files"])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_steps(bert: Path, tmp_path: Path) -> None:
     path, run = write_recipe(tmp_path, bert, packs_per_step=1, epochs=6), tmp_path / "run"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
@@ -293,6 +295,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("load", "error"), [("full", 1e-5), ("nf4", 0.05), ("int8", 0.05)])
 def test_a_saved_adapter_gives_what_it_gave_in_training(
     load: str, error: float, tmp_path: Path

@@ -82,6 +82,7 @@ def write_rows(path: Path, names: list[str], rows: Iterator[list[object]], ones:
         writer.writerows([*row, *("1" for _ in ones)] for row in rows)
 
 
+@pytest.mark.slow
 def test_make_sh_builds_a_bundle_that_labels(data: Path, tmp_path: Path) -> None:
     minilm = write_sentence_encoder(tmp_path / "minilm")
     llama = write_gguf(tmp_path / "llama.gguf", write_model(tmp_path / "llama", "llama"))

@@ -103,6 +103,7 @@ def test_settings_stand_in_place_of_the_recipes_values(tmp_path: Path) -> None:
             read_recipe(path, [setting])
 
 
+@pytest.mark.slow
 def test_labels_outside_the_set_are_refused_before_training(bert: Path, tmp_path: Path) -> None:
     data, recipe = tmp_path / "d.jsonl", tmp_path / "recipe.toml"
     data.write_text('{"utterances": [{"text": "a", "label": "sleepy"}]}\n')
@@ -187,6 +188,7 @@ def test_dropout_goes_by_the_names_of_the_architecture(checkpoint: Path) -> None
             dropout_settings(dataclasses.replace(recipe, dropout=0.1))
 
 
+@pytest.mark.slow
 def test_a_full_run_is_a_base_for_the_next(bert: Path, tmp_path: Path) -> None:
     data = json.dumps(str(EXAMPLES / "labelled_chat.jsonl"))
     tables = f"[[train]]\npath = {data}\nlabels = 'meld'\n[[valid]]\npath = {data}\nlabels = 'meld'"
@@ -207,6 +209,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_folds_teach_the_dialogues_that_each_left_out(bert: Path, tmp_path: Path) -> None:
     data = EXAMPLES / "labelled_chat.jsonl"
 
@@ -299,6 +302,7 @@ def test_scores_of_another_set_with_the_same_labels_are_learnt(tmp_path: Path) -
         target()
 
 
+@pytest.mark.slow
 def test_the_average_of_runs_has_their_mean_weights(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -62,6 +62,7 @@ def test_the_accuracy_of_the_speakers_is_that_of_single_prompts(bert: Path) -> N
     assert speaker_accuracy(packed, renderer, dataset(scene("thank you")), pack_tokens=64) is None
 
 
+@pytest.mark.slow
 def test_dialogues_without_labels_teach_who_speaks(bert: Path, tmp_path: Path) -> None:
     chat = tmp_path / "chat.jsonl"
     with chat.open("w") as file:
