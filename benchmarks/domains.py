@@ -30,7 +30,7 @@ from ercbatch.evaluate import Evaluation, evaluation
 from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.encoder import SentenceEncoder
-from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.sessions import available_threads
 from ercbatch.terminal.stopping import errors
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, Source, read_recipe

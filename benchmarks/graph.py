@@ -27,7 +27,8 @@ from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
-from ercbatch.scoring.onnx_scorer import feed, session_options, tiles_of
+from ercbatch.scoring.onnx_scorer import feed, tiles_of
+from ercbatch.scoring.sessions import session_options
 from ercbatch.terminal.stopping import errors
 
 PRODUCTS = frozenset(

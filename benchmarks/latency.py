@@ -29,7 +29,7 @@ from benchmarks.lib.sentences import converse, invent
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.sessions import available_threads
 from ercbatch.terminal.stopping import errors
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
-from ercbatch.scoring.onnx_scorer import session_options
+from ercbatch.scoring.sessions import session_options
 from ercbatch.terminal.stopping import errors
 from export.graph.nodes import MICROSOFT
 from export.quantize.int4 import BLOCK

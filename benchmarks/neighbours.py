@@ -26,7 +26,7 @@ from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.scoring.onnx_scorer import LONGEST_PACK
+from ercbatch.scoring.sessions import LONGEST_PACK
 from ercbatch.terminal.stopping import errors
 
 Rows = dict[int, npt.NDArray[np.float64]]

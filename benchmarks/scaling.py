@@ -29,7 +29,7 @@ from benchmarks.lib.sentences import converse, invent
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import ErcbatchError, UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.sessions import available_threads
 from ercbatch.terminal.stopping import errors
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)

@@ -21,8 +21,8 @@ from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
 from ercbatch.retrieval.retriever import open_retriever
-from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
+from ercbatch.scoring.sessions import available_threads
 
 T = TypeVar("T")
 _PACKAGES = ("emoji", "numpy", "orjson", "tokenizers", "zstandard")

@@ -25,10 +25,10 @@ from ercbatch.prompts.templates import template
 from ercbatch.retrieval.bank import build_bank, read_examples
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.retrieval.retriever import Retriever
-from ercbatch.scoring.onnx_scorer import available_threads
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.runtimes import open_model
 from ercbatch.scoring.scorer import Scorer
+from ercbatch.scoring.sessions import available_threads
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention

@@ -27,8 +27,9 @@ from ercbatch.prompts.answers import AnswerHead
 from ercbatch.prompts.packs import join
 from ercbatch.prompts.tokens import control_tokens
 from ercbatch.prompts.tree import Question, Task
+from ercbatch.scoring.checkpoints import draw_no_bars, refuse_code, save_tokenizer
 from ercbatch.scoring.onnx_scorer import OnnxScorer
-from ercbatch.scoring.packed_model import PackedModel, draw_no_bars, refuse_code, save_tokenizer
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.graph.nodes import TRANSPOSED, Array
 from export.quantize.int8 import stored_weights

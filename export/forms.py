@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
-from ercbatch.scoring.packed_model import PackedModel, collate, save_tokenizer
+from ercbatch.scoring.checkpoints import save_tokenizer
+from ercbatch.scoring.packed_model import PackedModel, collate
 from export.graph.attention import sum_softmax_in_double
 from export.graph.fusions import fuse_rotations
 from export.graph.nodes import data_file

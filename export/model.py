@@ -8,7 +8,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ercbatch.scoring.packed_model import PackedModel, check_config
+from ercbatch.scoring.checkpoints import check_config
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.tiles import ORDER
 from export.graph.narrow import narrow
 from export.graph.nodes import Graph

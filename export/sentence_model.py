@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, normalizers, processors
 
 from ercbatch.errors import UsageError
 from ercbatch.retrieval.encoder import MAX_TOKENS
-from ercbatch.scoring.packed_model import check_config, check_model_folder, draw_no_bars
+from ercbatch.scoring.checkpoints import check_config, check_model_folder, draw_no_bars
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 """The modules that can be exported, in their order; the last may be missing."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ercbatch.bundle import manifest as files
 from ercbatch.errors import MissingExtraError, UsageError
-from ercbatch.scoring.packed_model import check_config, refuse_code
+from ercbatch.scoring.checkpoints import check_config, refuse_code
 
 _TASK = "text-generation-with-past"
 _SETTINGS = (

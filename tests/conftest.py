@@ -18,7 +18,7 @@ from helpers.commands import ROOT, python
 from ercbatch.bundle.bundle import with_digest
 from ercbatch.bundle.manifest import MANIFEST
 from ercbatch.prompts.tokens import SegmentTokenizer
-from ercbatch.scoring.packed_model import load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

@@ -27,7 +27,7 @@ from ercbatch.bundle.bundle import find_bundle
 from ercbatch.bundle.manifest import MODEL
 from ercbatch.bundle.onnx_file import check_onnx, read_onnx
 from ercbatch.errors import BundleError
-from ercbatch.scoring.onnx_scorer import open_session
+from ercbatch.scoring.sessions import open_session
 
 
 @pytest.fixture

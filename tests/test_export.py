@@ -32,8 +32,9 @@ from test_export_graph import pack
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
+from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.onnx_scorer import check_full_range
-from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, collate
 from export.__main__ import main
 from export.quantize.int8 import probe
 from train.run import load_run

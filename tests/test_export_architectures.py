@@ -14,7 +14,8 @@ from ercbatch.errors import UsageError
 from ercbatch.prompts.packs import join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
-from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, collate
 from train.adapter import add_lora
 from train.recipe import Recipe, Source
 

@@ -21,8 +21,9 @@ from ercbatch.errors import BundleError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.prompts.packs import Pack, graft, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out, visible
+from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.onnx_scorer import feed, tiles_of
-from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, collate
 from ercbatch.scoring.scorer import StateScorer
 from ercbatch.scoring.tiles import KEYS, cut, levels
 from export.graph.attention import sum_softmax_in_double

@@ -38,7 +38,8 @@ from safetensors.torch import save_file as save_tensors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ercbatch.scoring.bnb_scorer import BnbScorer, bnb
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.bnb import write_bnb
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ercbatch import Labeler
 from ercbatch.bundle.bundle import read_info
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.__main__ import main
 

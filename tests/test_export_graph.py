@@ -15,8 +15,9 @@ from test_export_architectures import ACCEPTED
 from ercbatch.bundle import manifest as files
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out
+from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.onnx_scorer import OnnxScorer
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import write_graph
 from export.graph.nodes import Graph, data_file

@@ -27,7 +27,8 @@ from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, Window
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.standard_scorer import StandardScorer, batches, separate
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.graph.trace import trace

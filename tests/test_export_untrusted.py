@@ -18,7 +18,7 @@ from helpers.gguf_file import write_gguf
 from safetensors.numpy import load_file, save_file
 
 from ercbatch.errors import UsageError
-from ercbatch.scoring.packed_model import load_causal_lm, refuse_code
+from ercbatch.scoring.checkpoints import load_causal_lm, refuse_code
 from export.__main__ import main
 from train.run import load_run
 

@@ -16,7 +16,7 @@ from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.engine import in_order
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.scoring.onnx_scorer import available_threads
+from ercbatch.scoring.sessions import available_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

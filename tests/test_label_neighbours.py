@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.neighbours import THREADS, Company, Comparison
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.labeler import Labeler
-from ercbatch.scoring.onnx_scorer import LONGEST_PACK
+from ercbatch.scoring.sessions import LONGEST_PACK
 
 WORDS = "it is gone thank you where my door late again happy fridge no !".split()
 COUNT = 24

@@ -13,7 +13,8 @@ from ercbatch import Labeler
 from ercbatch.bundle import manifest as files
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.tiles import cut
 from export.forms import write_graph
 from export.graph.tiles import TILES

@@ -17,7 +17,8 @@ from ercbatch.prompts.packs import Pack, graft, join, pack
 from ercbatch.prompts.templates import clean, template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Segment, Task, Window, lay_out, visible
-from ercbatch.scoring.packed_model import PackedModel, collate, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel, collate
 
 pytestmark = pytest.mark.transformers
 

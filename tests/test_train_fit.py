@@ -27,7 +27,8 @@ from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from train.datasets import Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable

@@ -20,7 +20,7 @@ from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import InputError, UsageError
 from ercbatch.labels import label_set
 from ercbatch.prompts.tree import Task, Window
-from ercbatch.scoring.packed_model import load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
 from train.datasets import Dataset, Scene, read_dataset, without_overlap
 from train.dropout import dropout_settings
 from train.model import load_trainable

@@ -17,7 +17,8 @@ from ercbatch.labels import label_set
 from ercbatch.prompts.packs import join
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tree import Renderer, Task, Window, speaker_numbers
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 from train.datasets import Scene
 from train.samples import TASKS, Sampler, speaker_questions

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ercbatch.errors import UsageError
-from ercbatch.scoring.packed_model import save_tokenizer
+from ercbatch.scoring.checkpoints import save_tokenizer
 from train.run import MODEL, describe, load_run
 
 

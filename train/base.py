@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.bundle.manifest import CONFIG
 from ercbatch.errors import InputError, MissingExtraError, foreign_errors
-from ercbatch.scoring.packed_model import check_config, save_tokenizer
+from ercbatch.scoring.checkpoints import check_config, save_tokenizer
 
 
 def causal_decoder(source: Path) -> BertLMHeadModel:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.prompts.tokens import SegmentTokenizer
-from ercbatch.scoring.packed_model import PackedModel, check_config, load_causal_lm
+from ercbatch.scoring.checkpoints import check_config, load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from train.adapter import add_lora
 from train.dropout import dropout_settings
 from train.recipe import Recipe

@@ -23,7 +23,8 @@ from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError, foreign_errors
 from ercbatch.prompts.tokens import ControlTokens, SegmentTokenizer
 from ercbatch.prompts.tree import Window
-from ercbatch.scoring.packed_model import PackedModel, load_causal_lm
+from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.packed_model import PackedModel
 from train.model import quantization
 from train.recipe import Recipe, Source, recipe_from
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ercbatch.prompts.tokens import load_tokenizer
-from ercbatch.scoring.onnx_scorer import open_session, run_session
+from ercbatch.scoring.sessions import open_session, run_session
 
 MAX_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from ercbatch.errors import BundleError, UsageError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack, split
+from ercbatch.scoring.checkpoints import refuse_code
 from ercbatch.scoring.kernels import hidden_kernels
-from ercbatch.scoring.packed_model import PackedModel, refuse_code
+from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 
 

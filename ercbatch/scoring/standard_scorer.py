@@ -17,8 +17,8 @@ from ercbatch.errors import BundleError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack
 from ercbatch.prompts.tree import IntArray
-from ercbatch.scoring.onnx_scorer import LONGEST_PACK, open_session, run_session
 from ercbatch.scoring.scorer import Scorer
+from ercbatch.scoring.sessions import LONGEST_PACK, open_session, run_session
 
 BATCH_TOKENS = 512
 """Tokens of a batch, padding included; a longer prompt is a batch of its own.
