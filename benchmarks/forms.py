@@ -17,23 +17,21 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.lib.workers import Peak, Worker
 from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.dialogues import Dialogue
-from ercbatch.errors import ErcbatchError
+from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.labeler import Labeler
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "labelled_chat.jsonl"
@@ -42,8 +40,6 @@ _TEXTS = (
     _ROOT / "ercbatch" / "data" / "label_sets.json",
 )
 """What the tokenizer is trained on, beside the dialogues: where a prompt's words stand."""
-_POLL_SECONDS = 0.02
-"""Seconds between two looks at a process."""
 _COLUMNS = {
     "export_seconds": "export, s",
     "export_resident_mb": "resident, MB",
@@ -56,40 +52,6 @@ _COLUMNS = {
     "label_anonymous_mb": "anonymous, MB",
 }
 """Metric -> its heading."""
-
-
-class Peak:
-    """Looks at the memory of a process until it is closed, or the process ends (Linux)."""
-
-    def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        self.resident = 0.0
-        self.anonymous = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Look no longer."""
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(_POLL_SECONDS):
-            try:
-                lines = self._status.read_text(encoding="utf-8").splitlines()
-            except OSError:
-                return
-            fields = dict(line.split(":", 1) for line in lines)
-            if "RssAnon" not in fields:  # it has ended, and nobody has waited for it yet
-                return
-            # The kernel keeps the peak of the one; that of the other is seen, or missed.
-            self.resident = _mb(fields["VmHWM"])
-            self.anonymous = max(self.anonymous, _mb(fields["RssAnon"]))
-
-
-def _mb(kilobytes: str) -> float:
-    return int(kilobytes.split()[0]) * 1024 / 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,91 +103,26 @@ def export(
     }
 
 
-def _label(trial: Trial, form: str, pipe: Connection) -> None:
-    """In a process of its own: open a bundle, and label all dialogues whenever one is asked to."""
-    try:
-        labeler = Labeler(str(trial.bundle(form)), threads=trial.threads)
-        dialogues = _read(trial)
-        next(labeler.label(dialogues[:1]))
-    except ErcbatchError as error:
-        pipe.send(str(error))
-        return
-    pipe.send(None)
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        began = time.perf_counter()
-        for _ in labeler.label(dialogues):
-            pass
-        pipe.send(time.perf_counter() - began)
-
-
 def _read(trial: Trial) -> list[Dialogue]:
     return [dialogue for _, dialogue in read_dialogues(trial.dialogues)]
 
 
-class Labelling:
-    """A process that has opened the bundle of a form, and labels with it.
-
-    Raises:
-        RuntimeError: the bundle cannot be opened, or its process has ended.
-    """
-
-    def __init__(self, trial: Trial, form: str) -> None:
-        context = get_context("spawn")
-        self._pipe, child_pipe = context.Pipe()
-        self._process = context.Process(target=_label, args=(trial, form, child_pipe), daemon=True)
-        self._process.start()
-        child_pipe.close()  # so that the end of the process is the end of the pipe
-        assert self._process.pid is not None  # it has started
-        self.peak = Peak(self._process.pid)
-        self.seconds: list[float] = []
-        failure = self._answer()
-        if failure:
-            self.close()
-            raise RuntimeError(failure)
-
-    def _answer(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            self.close()
-            raise RuntimeError(f"labelling ended with {self._process.exitcode}") from None
-
-    def round(self) -> None:
-        """Label all dialogues once.
-
-        Raises:
-            RuntimeError: the process has ended.
-        """
-        self._pipe.send(None)
-        self.seconds.append(self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        self.peak.close()
-        self._pipe.close()
-        self._process.join()
-
-
 def label(trial: Trial, forms: Sequence[str], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Label with each form in turns; metrics of each. What cannot label goes into `failed`."""
-    processes: dict[str, Labelling] = {}
+    processes: dict[str, Worker] = {}
     for form in forms:
         try:
-            processes[form] = Labelling(trial, form)
-        except RuntimeError as error:
+            processes[form] = Worker(str(trial.bundle(form)), trial.threads, partial(_read, trial))
+        except UsageError as error:
             failed[form] = str(error)
     for _ in range(trial.rounds):
         for form in list(processes):
             try:
                 processes[form].round()
-            except RuntimeError as error:
+            except UsageError as error:
                 failed[form] = str(error)
                 del processes[form]
-    count = sum(len(d.said) for d in _read(trial))
+    count = sum(len(d.nonblank) for d in _read(trial))
     metrics: dict[str, dict[str, Any]] = {}
     for form, labelling in processes.items():
         labelling.close()

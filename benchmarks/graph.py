@@ -20,7 +20,7 @@ from typing import Any
 import click
 import onnxruntime
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.bundle.onnx_file import check_onnx
 from ercbatch.errors import UsageError
@@ -95,7 +95,7 @@ def graph_file(name: str) -> Path:
         BundleError: no such bundle.
         UsageError: it has no graph.
     """
-    path = Path(name) if name.endswith(".onnx") else find_bundle(name) / files.MODEL
+    path = Path(name) if name.endswith(".onnx") else find_bundle(name) / manifest.MODEL
     if not path.is_file():
         raise UsageError(f"{path} is not there: name a bundle that ONNX Runtime runs, or a graph")
     return path
@@ -215,7 +215,7 @@ def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> No
     for line in show(profiles):
         click.echo(line)
     result = {
-        "utterances": sum(len(dialogue.said) for dialogue in dialogues),
+        "utterances": sum(len(dialogue.nonblank) for dialogue in dialogues),
         "packs": len(packs),
         "tokens": sum(len(pack) for pack in packs),
         "threads": threads,

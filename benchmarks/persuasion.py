@@ -57,7 +57,7 @@ class Trial:
 def draw_trials(labeler: Labeler, dialogues: Sequence[Dialogue], seed: int) -> list[Trial]:
     """One of each line for each dialogue of two turns or more; its place and label are drawn."""
     draw = random.Random(seed)
-    tokenize = labeler.engine.renderer.tokenizer.content
+    tokenize = labeler.engine.renderer.tokenizer.encode_content
     max_tokens = labeler.engine.renderer.window.max_utterance_tokens
     by_tokens: dict[int, list[str]] = {}
     for sentence in invent(_SENTENCES, seed):

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.lib.options import numbers
 from benchmarks.lib.sentences import converse, invent
+from benchmarks.lib.workers import Worker
 from ercbatch.dialogues import Dialogue
-from ercbatch.errors import ErcbatchError, UsageError
-from ercbatch.labeler import Labeler
 from ercbatch.scoring.sessions import available_threads
 from ercbatch.terminal.stopping import errors
 
@@ -62,99 +57,30 @@ class Case:
         return converse(islice(cycle(texts), self.utterances), self.turns)
 
 
-def _label(case: Case, pipe: Connection) -> None:
-    """In a process of its own: open the bundle, and label all whenever one is asked to."""
-    try:
-        labeler = Labeler(case.bundle, threads=case.threads)
-        for _ in labeler.label(islice(case.stream(), 1)):
-            pass
-    except ErcbatchError as error:
-        pipe.send(str(error))
-        return
-    pipe.send(None)
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        dialogues = case.stream()
-        began = time.perf_counter()
-        for _ in labeler.label(dialogues):
-            pass
-        pipe.send(time.perf_counter() - began)
-
-
-class Worker:
-    """The process of a case.
-
-    Raises:
-        UsageError: the bundle cannot be opened, or the process has ended.
-    """
-
-    def __init__(self, case: Case) -> None:
-        context = get_context("spawn")
-        self.case = case
-        self.seconds: list[float] = []
-        self._pipe, child_pipe = context.Pipe()
-        self._process = context.Process(target=_label, args=(case, child_pipe), daemon=True)
-        self._process.start()
-        child_pipe.close()  # so that the end of the process is the end of the pipe
-        failure = self._answer()
-        if failure:
-            raise UsageError(failure)
-
-    def _answer(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise UsageError(f"labelling ended with {self._process.exitcode}") from None
-
-    def round(self) -> None:
-        """Label all of the case once.
-
-        Raises:
-            UsageError: the process has ended.
-        """
-        self._pipe.send(None)
-        self.seconds.append(self._answer())
-
-    def resident_mb(self) -> float:
-        """The most memory that was ever resident in the process, in MB."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        fields = dict(line.split(":", 1) for line in status.splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join()
-
-
 def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, dict[str, float]]:
     """Metrics of each case, by name; the cases take turns.
 
     Raises:
         UsageError: the bundle cannot be opened, or a process ends.
     """
+    workers = {}
     with ExitStack() as stack:
-        workers = {}
         for name, case in cases.items():
-            workers[name] = Worker(case)
+            workers[name] = Worker(case.bundle, case.threads, case.stream)
             stack.callback(workers[name].close)
         for _ in range(rounds):
             for worker in workers.values():
                 worker.round()
-        return {
-            name: {
-                "utterances": worker.case.utterances,
-                "ms_per_utterance": round(
-                    1e3 * statistics.median(worker.seconds) / worker.case.utterances, 4
-                ),
-                "resident_mb": round(worker.resident_mb(), 1),
-            }
-            for name, worker in workers.items()
+    return {
+        name: {
+            "utterances": cases[name].utterances,
+            "ms_per_utterance": round(
+                1e3 * statistics.median(worker.seconds) / cases[name].utterances, 4
+            ),
+            "resident_mb": round(worker.peak.resident, 1),
         }
+        for name, worker in workers.items()
+    }
 
 
 def spread(lengths: Mapping[str, Mapping[str, float]]) -> float | None:

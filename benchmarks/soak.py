@@ -27,8 +27,8 @@ import click
 import orjson
 
 from benchmarks.lib.sentences import invent
-from ercbatch.runs.output import JOURNAL
-from ercbatch.terminal.stopping import STOPPED
+from ercbatch.errors import RESUMABLE
+from ercbatch.runs.output import Files
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SENTENCES = 5_000
@@ -110,7 +110,7 @@ def main(work: Path, dialogues: int, bundle: str, kills: int, after: float) -> N
     lost: list[float] = []
     draw = random.Random(0)
     began = time.monotonic()
-    journal = output.with_name(output.name + JOURNAL)
+    journal = Files.of(output, None).journal
     while True:
         process = subprocess.Popen(command, cwd=_ROOT)
         while process.poll() is None:
@@ -127,7 +127,7 @@ def main(work: Path, dialogues: int, bundle: str, kills: int, after: float) -> N
             if last:
                 memory["last"] = last
             time.sleep(0.2)
-        if process.returncode >= 0 and process.returncode != STOPPED:
+        if process.returncode >= 0 and process.returncode != RESUMABLE:
             break
     seconds = time.monotonic() - began
     manifest = json.loads(output.with_name(output.name + ".manifest.json").read_bytes())

@@ -36,7 +36,7 @@ from benchmarks.lib.engines import BASELINE, KINDS, EngineProcess
 from benchmarks.lib.plan import Plan, Round, make_plan
 from benchmarks.limit import Rate
 from benchmarks.peers.engine import Order
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
@@ -318,7 +318,7 @@ def _engines(_: click.Context, __: click.Parameter, value: str | None) -> list[s
 @click.option("--template", default="paper", show_default=True)
 @click.option(
     "--demonstrations",
-    type=click.IntRange(0, files.MAX_DEMONSTRATIONS),
+    type=click.IntRange(0, manifest.MAX_DEMONSTRATIONS),
     default=0,
     show_default=True,
     help="That each prompt shows, of the bank of the bundle mini.",

@@ -11,13 +11,13 @@ import click
 from click.core import ParameterSource
 
 from ercbatch.errors import (
+    FINISHED_WITH_REJECTS,
     MissingExtraError,
     UsageError,
 )
 from ercbatch.terminal.stopping import errors, stoppable
 from ercbatch.terminal.streams import printable, steady_streams
 
-FINISHED_WITH_REJECTS = 3
 _PATIENCE = 2.0
 """Seconds that a line on stdout has, once a signal came, to be taken by its reader."""
 _MAX_COUNT = 1 << 62

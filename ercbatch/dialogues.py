@@ -37,7 +37,7 @@ class Dialogue:
     size: int = field(compare=False, repr=False, default=0)
 
     @property
-    def said(self) -> list[int]:
+    def nonblank(self) -> list[int]:
         """Indices of the utterances that are not blank."""
         return [t for t, u in enumerate(self.utterances) if not u.blank]
 

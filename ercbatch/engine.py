@@ -111,7 +111,7 @@ class Entry(Generic[T]):
     Attributes:
         origin: what the caller knows the item by.
         dialogue: None for an item that only passes through in its place.
-        chunk: origin of the first item of the chunk.
+        chunk_start: origin of the first item of the chunk.
         index: the item's index in the chunk.
         ends_chunk: whether it is the last item of the chunk.
         unanswered: number of questions without an answer.
@@ -120,7 +120,7 @@ class Entry(Generic[T]):
 
     origin: T
     dialogue: Dialogue | None
-    chunk: T
+    chunk_start: T
     index: int
     ends_chunk: bool
     unanswered: int = 0
@@ -216,15 +216,14 @@ class Engine:
                 entries.append(entry)
             if entry.dialogue is not None and questions:
                 for tree in self.renderer.trees(entry.dialogue, questions):
-                    pack = packer.add(number, tree)
-                    if pack is not None and _has_unwritten(pack, written):
+                    pack = _unwritten(packer.add(number, tree), written)
+                    if pack is not None:
                         yield _Step(entries, pack)
                         entries = []
             if entry.ends_chunk:
-                pack = packer.flush()
-                yield _Step(entries, pack if pack and _has_unwritten(pack, written) else None)
+                yield _Step(entries, _unwritten(packer.flush(), written))
                 entries = []
-        yield _Step(entries, packer.flush())
+        yield _Step(entries, _unwritten(packer.flush(), written))
 
     def _questions(self, entries: Iterable[Entry[T]]) -> Iterator[tuple[Entry[T], list[Question]]]:
         """Entries, each with the questions about its utterances.
@@ -233,14 +232,14 @@ class Engine:
         """
         group: list[tuple[Entry[T], list[int]]] = []
         for entry in entries:
-            group.append((entry, entry.dialogue.said if entry.dialogue is not None else []))
+            group.append((entry, entry.dialogue.nonblank if entry.dialogue is not None else []))
             size = sum(len(utterances) for _, utterances in group)
             if self.retriever is None or entry.ends_chunk or size >= RETRIEVED_TOGETHER:
-                yield from self._with_demonstrations(group)
+                yield from self._attach_demonstrations(group)
                 group = []
-        yield from self._with_demonstrations(group)
+        yield from self._attach_demonstrations(group)
 
-    def _with_demonstrations(
+    def _attach_demonstrations(
         self, group: Iterable[tuple[Entry[T], list[int]]]
     ) -> Iterator[tuple[Entry[T], list[Question]]]:
         demonstrations: Iterator[tuple[tuple[str, str], ...]] = iter(())
@@ -263,12 +262,15 @@ def _entries(items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[Entry[T]]:
     index = size = 0
     for origin, dialogue in items:
         if index == 0:
-            chunk = origin
+            chunk_start = origin
         size += dialogue.size if dialogue is not None else 0
         ends_chunk = index + 1 == _CHUNK_ITEMS or size >= _CHUNK_BYTES
-        yield Entry(origin, dialogue, chunk, index, ends_chunk)
+        yield Entry(origin, dialogue, chunk_start, index, ends_chunk)
         index, size = (0, 0) if ends_chunk else (index + 1, size)
 
 
-def _has_unwritten(pack: Pack, written: int) -> bool:
-    return any(number >= written for _, number, _ in pack.reads)
+def _unwritten(pack: Pack | None, written: int) -> Pack | None:
+    """The pack, or None if all of its items are written."""
+    if pack is None or all(number < written for _, number, _ in pack.reads):
+        return None
+    return pack

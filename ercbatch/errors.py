@@ -7,7 +7,7 @@ ErcbatchError                 exit 1
 │   ├── LimitError            too many of its lines are bad: a run can go on with a higher limit
 │   └── UnreadableError       the disk gives no more of it: a run can go on when it does
 ├── OutputError               exit 1: an output cannot be written
-├── StoppedError              exit 75: an output cannot be written on; the run can be gone on with
+├── ResumableOutputError      exit 75: an output cannot be written on; the run can be gone on with
 ├── LossError                 exit 1: a bundle would fall short of the model it is made from
 ├── RecordError               one input line is bad: it becomes a reject, the run goes on
 └── BundleError               exit 4: a bundle is missing, altered, or not for this program
@@ -17,6 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FINISHED_WITH_REJECTS = 3
+RESUMABLE = 75
+"""Exit code of a run that ended early and can be resumed; BSD's EX_TEMPFAIL."""
+CLOSED_PIPE = 141
+"""Exit code when the reader of stdout has gone: 128 + SIGPIPE."""
 
 
 class ErcbatchError(Exception):
@@ -53,10 +59,10 @@ class OutputError(ErcbatchError):
     """An output cannot be written: the disk is full, say."""
 
 
-class StoppedError(ErcbatchError):
+class ResumableOutputError(ErcbatchError):
     """A run cannot write on; what it has committed is safe."""
 
-    exit_code = 75
+    exit_code = RESUMABLE
 
 
 class LossError(ErcbatchError):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle, find_bundle, open_bundle, wrap_file_errors
 from ercbatch.dialogues import Dialogue, LabeledDialogue, UtteranceLabel, dialogue_from
 from ercbatch.engine import Engine, Entry
@@ -64,9 +64,9 @@ class Labeler:
             raise UsageError(f"context is {context!r}: choose past or both")
         if not 0.0 <= min_confidence <= 1.0:
             raise UsageError("the least confidence must be between 0 and 1")
-        if demonstrations is not None and not 0 <= demonstrations <= files.MAX_DEMONSTRATIONS:
+        if demonstrations is not None and not 0 <= demonstrations <= manifest.MAX_DEMONSTRATIONS:
             raise UsageError(
-                f"the number of demonstrations must be between 0 and {files.MAX_DEMONSTRATIONS}"
+                f"the number of demonstrations must be between 0 and {manifest.MAX_DEMONSTRATIONS}"
             )
         if threads is not None and threads < 1:
             raise UsageError("the number of threads must be at least 1")
@@ -91,7 +91,7 @@ class Labeler:
     def _engine(self, count: int, threads: int) -> Engine:
         bundle, info = self.bundle, self.bundle.info
         renderer = Renderer(
-            SegmentTokenizer.from_file(bundle.path(files.TOKENIZER), info.controls),
+            SegmentTokenizer.from_file(bundle.path(manifest.TOKENIZER), info.controls),
             template(info.template, info.template_version),
             replace(info.window, future=info.later_turns if self._context == "both" else 0),
             self.labels.labels,
@@ -99,8 +99,8 @@ class Labeler:
         scorer = open_scorer(bundle, threads)
         if not set(renderer.trie.tokens) <= set(scorer.head.tokens.tolist()):
             raise BundleError(
-                f"{bundle.folder}: {files.HEAD} has no rows for the labels of {self.labels.name}: "
-                "export the bundle again"
+                f"{bundle.folder}: {manifest.HEAD} has no rows for the labels of "
+                f"{self.labels.name}: export the bundle again"
             )
         return Engine(
             scorer=scorer,
@@ -191,5 +191,5 @@ def smoke_test(bundle: Bundle) -> None:
         BundleError: it doesn't.
         MissingExtraError: what runs it is not installed.
     """
-    labeler = Labeler(bundle, demonstrations=int(files.ENCODER in bundle.info.files))
+    labeler = Labeler(bundle, demonstrations=int(manifest.ENCODER in bundle.info.files))
     next(labeler.label([{"utterances": [{"text": "Yes."}]}]))

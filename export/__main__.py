@@ -176,7 +176,9 @@ def bundle(  # click passes a parameter for each option
         accept_loss=accept_loss,
     )
     with errors(), stoppable():
-        load = run_loader(source, data, labels, template or "paper", original=full_precision_base)
+        load = run_loader(
+            source, data, labels, template or "paper", full_precision_base=full_precision_base
+        )
         info = export_bundle(load, output, options, force=force, say=_say)
     click.echo(summary(info, output))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.errors import UsageError
 from ercbatch.scoring.bnb_scorer import INT8_SCALES, NF4_BLOCK, bnb, quantizable, shape_of
 from ercbatch.scoring.packed_model import PackedModel
@@ -66,8 +66,8 @@ def write_bnb(model: PackedModel, folder: Path, form: str) -> list[Path]:
             tensors[key], tensors[f"{name}.{INT8_SCALES}"], _ = quantized
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     config = json.dumps(_config(inner, form, skipped), indent=2, sort_keys=True)
-    (folder / files.CONFIG).write_text(config + "\n", encoding="utf-8")
-    return sorted(folder.glob(files.WEIGHTS))
+    (folder / manifest.CONFIG).write_text(config + "\n", encoding="utf-8")
+    return sorted(folder.glob(manifest.WEIGHTS))
 
 
 def _orient(module: Any, weight: Tensor) -> Tensor:

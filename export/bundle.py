@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import encoder_files, wrap_file_errors, write_bundle
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.bundle.manifest import BundleInfo
@@ -35,10 +35,10 @@ from export.model import fitting_dtype, traced_attention
 from export.proof.calibration import calibrate_sets
 from export.proof.card import write_card
 from export.proof.losses import UNMEASURED, LossLimits, compare, losses
-from export.proof.measure import Measurement, Questions, Say, measure, with_demonstrations
+from export.proof.measure import Measurement, ProofData, Say, f1_with_demonstrations, measure
 from export.quantize.targets import SAFE_TARGET
 from train.recipe import Source
-from train.run import TrainedRun, load_run, run_files, unreadable, untrained_run
+from train.run import LoadedRun, load_run, run_files, untrained_run, wrap_model_errors
 
 _OTHER_FORM = (
     "choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"
@@ -50,13 +50,13 @@ _NO_DATA = "train with [[valid]] data, or give --accept-loss and run `export cal
 class Loader:
     """Loads what is exported, and knows the `inputs` that are read for it."""
 
-    load: Callable[[bool, str | None], TrainedRun]
+    load: Callable[[bool, str | None], LoadedRun]
     attention: str
     inputs: tuple[Path, ...]
 
-    def __call__(self, *, merged: bool) -> TrainedRun:
+    def __call__(self, *, merged: bool) -> LoadedRun:
         """`merged`, with attention in the form that is traced; or as it was trained."""
-        run: TrainedRun = self.load(merged, self.attention if merged else None)
+        run: LoadedRun = self.load(merged, self.attention if merged else None)
         return run
 
 
@@ -79,11 +79,11 @@ class BundleOptions:
 
 
 def run_loader(
-    source: str, data: Path | None, labels: str | None, wording: str, *, original: bool
+    source: str, data: Path | None, labels: str | None, wording: str, *, full_precision_base: bool
 ) -> Loader:
     """What loads a run folder or, where `data` is labelled dialogues, an untrained base.
 
-    `original` as for `load_run`.
+    `full_precision_base` as for `load_run`.
 
     Raises:
         UsageError: neither a run nor a causal language model.
@@ -92,9 +92,13 @@ def run_loader(
         folder = Path(source)
         checkpoint, *data_files = run_files(folder)
 
-        def load(merged: bool, attention: str | None) -> TrainedRun:
+        def load(merged: bool, attention: str | None) -> LoadedRun:
             return load_run(
-                folder, merged=merged, original=original, attention=attention, dtype=dtype
+                folder,
+                merged=merged,
+                full_precision_base=full_precision_base,
+                attention=attention,
+                dtype=dtype,
             )
 
     else:
@@ -102,10 +106,10 @@ def run_loader(
         checkpoint, data_files = source, [str(data)]
         data_source = Source(str(data), labels or "")
 
-        def load(merged: bool, attention: str | None) -> TrainedRun:  # noqa: ARG001
+        def load(merged: bool, attention: str | None) -> LoadedRun:  # noqa: ARG001
             return untrained_run(source, data_source, wording, attention=attention, dtype=dtype)
 
-    with unreadable(source):
+    with wrap_model_errors(source):
         dtype = fitting_dtype(checkpoint)
         attention = traced_attention(checkpoint)
     return Loader(load, attention, tuple(map(Path, (source, checkpoint, *data_files))))
@@ -140,7 +144,7 @@ def export_bundle(
     _return_arrays_when_freed()
     say("loading the model as it was trained")
     run = load(merged=False)
-    questions = Questions(run)
+    questions = ProofData(run)
     original = measure(questions, TorchScorer(run.model, questions.tokens), say)
     del run
     gc.collect()
@@ -156,7 +160,7 @@ def export_bundle(
         scorer = open_model(part, options.form, head, available_threads(), file_names)
         info = _prove(info, original, measure(questions, scorer, say), options)
         if retriever is not None:
-            info = _with_demonstrations(info, questions, scorer, retriever)
+            info = _add_demonstration_f1(info, questions, scorer, retriever)
         write_card(info, part)
         return info
 
@@ -164,7 +168,7 @@ def export_bundle(
         checkpoint_part = None
         if checkpoint is not None:
             checkpoint_part = stack.enter_context(
-                whole_folder(checkpoint, files.CONFIG, force=force)
+                whole_folder(checkpoint, manifest.CONFIG, force=force)
             )
         return write_bundle(folder, lambda part: fill(part, checkpoint_part), force=force)
 
@@ -173,9 +177,9 @@ def _check_outputs(load: Loader, folder: Path, options: BundleOptions, *, force:
     """Check that the bundle and the checkpoint can be written where they should be."""
     checkpoint = options.also_checkpoint
     inputs = [p for p in (*load.inputs, options.encoder, options.examples) if p is not None]
-    check_output(folder, files.MANIFEST, force=force, inputs=inputs)
+    check_output(folder, manifest.MANIFEST, force=force, inputs=inputs)
     if checkpoint is not None:
-        check_output(checkpoint, files.CONFIG, force=force, inputs=inputs)
+        check_output(checkpoint, manifest.CONFIG, force=force, inputs=inputs)
         if _one_in_the_other(folder.resolve(), checkpoint.resolve()):
             raise UsageError(f"{checkpoint} is or holds {folder}, or lies in it: choose another")
 
@@ -201,7 +205,7 @@ def _return_arrays_when_freed() -> None:
 
 def _write_merged(
     load: Loader,
-    questions: Questions,
+    questions: ProofData,
     options: BundleOptions,
     part: Path,
     checkpoint: Path | None,
@@ -211,8 +215,8 @@ def _write_merged(
     run = load(merged=True)
     head = run.model.answer_head(questions.tokens)
     samples = questions.samples(sample_size(run.model))
-    save_file(dict(head.tensors()), part / files.HEAD)
-    run.tokenizer.save(part / files.TOKENIZER)
+    save_file(dict(head.tensors()), part / manifest.HEAD)
+    run.tokenizer.save(part / manifest.TOKENIZER)
     write_form(run, part, options.form, options.target, samples)
     if checkpoint is not None:
         save_merged(run, checkpoint)
@@ -220,11 +224,11 @@ def _write_merged(
 
 
 def _write_bank(
-    questions: Questions, part: Path, encoder: tuple[Path, Path], examples: Path
+    questions: ProofData, part: Path, encoder: tuple[Path, Path], examples: Path
 ) -> Retriever:
-    for source, name in zip(encoder, (files.ENCODER, files.ENCODER_TOKENIZER), strict=True):
+    for source, name in zip(encoder, (manifest.ENCODER, manifest.ENCODER_TOKENIZER), strict=True):
         shutil.copyfile(source, part / name)
-    sentence_encoder = SentenceEncoder(part / files.ENCODER, part / files.ENCODER_TOKENIZER)
+    sentence_encoder = SentenceEncoder(part / manifest.ENCODER, part / manifest.ENCODER_TOKENIZER)
     demonstrations = read_examples(examples, questions.label_sets[0])
     retriever = Retriever(sentence_encoder, build_bank(demonstrations, sentence_encoder))
     retriever.bank.save(part)
@@ -232,9 +236,9 @@ def _write_bank(
 
 
 def _describe(
-    questions: Questions,
+    questions: ProofData,
     options: BundleOptions,
-    run: TrainedRun,
+    run: LoadedRun,
     retriever: Retriever | None,
 ) -> BundleInfo:
     """All of a bundle's description but what is measured."""
@@ -293,12 +297,12 @@ def _prove(
     )
 
 
-def _with_demonstrations(
-    info: BundleInfo, questions: Questions, scorer: Scorer, retriever: Retriever
+def _add_demonstration_f1(
+    info: BundleInfo, questions: ProofData, scorer: Scorer, retriever: Retriever
 ) -> BundleInfo:
     """Add the weighted F1 of questions that show demonstrations."""
     scores = [
-        with_demonstrations(questions.engine(scorer, dataset), dataset, retriever)
+        f1_with_demonstrations(questions.engine(scorer, dataset), dataset, retriever)
         for _, dataset in questions.held_out
     ]
     quality = [

@@ -17,7 +17,7 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.dialogues import Dialogue, Utterance
@@ -51,11 +51,11 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         UsageError: its architecture asks to run code, or `folder` exists.
         OutputError: it cannot be written.
     """
-    check_output(folder, files.CONFIG, force=force, inputs=[bundle.folder])
+    check_output(folder, manifest.CONFIG, force=force, inputs=[bundle.folder])
     config = dict(bundle.info.architecture)
     if not config:
         raise BundleError(f"{bundle.folder}: its architecture is not in it: train from its base")
-    refuse_code(str(bundle.folder / files.MANIFEST), config)
+    refuse_code(str(bundle.folder / manifest.MANIFEST), config)
     if bundle.info.form not in _READABLE_FORMS:
         raise BundleError(
             f"{bundle.folder}: is {bundle.info.form}; a checkpoint can be made of "
@@ -65,7 +65,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
     labeler = Labeler(bundle)
     draw_no_bars()
     try:
-        graph = onnx.load(bundle.path(files.MODEL))
+        graph = onnx.load(bundle.path(manifest.MODEL))
         with torch.device("meta"):  # no memory for more than the graph has
             parameters = find_parameters(_model(config), graph)
         model = _model(config)
@@ -79,7 +79,7 @@ def write_checkpoint(bundle: Bundle, folder: Path, *, force: bool = False) -> No
         raise BundleError(
             f"{bundle.folder}: not to be made a checkpoint of: {error}: train from its base"
         ) from error
-    with whole_folder(folder, files.CONFIG, force=force) as part:
+    with whole_folder(folder, manifest.CONFIG, force=force) as part:
         with packed.whole() as whole:
             whole.save_pretrained(part)
         save_tokenizer(tokenizer, part)
@@ -164,7 +164,7 @@ def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
         BundleError: they are not among its special tokens.
     """
     controls = bundle.info.controls
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path(files.TOKENIZER)))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path(manifest.TOKENIZER)))
     backend = tokenizer.backend_tokenizer
     token_ids = {"bos_token": controls.start, "mask_token": controls.answer}
     if control_tokens(backend, {}).separator != controls.separator:
@@ -172,8 +172,8 @@ def _tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
     texts = {n: backend.id_to_token(ids[0]) or "" for n, ids in token_ids.items() if ids}
     if control_tokens(backend, texts) != controls:
         raise BundleError(
-            f"{bundle.folder}: its tokenizer lacks the control tokens of {files.MANIFEST}: train "
-            "from its base"
+            f"{bundle.folder}: its tokenizer lacks the control tokens of {manifest.MANIFEST}: "
+            "train from its base"
         )
     tokenizer.add_special_tokens(texts)
     return tokenizer

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ercbatch.bundle import manifest as bundle
+from ercbatch.bundle import manifest
 from ercbatch.bundle.folders import check_output, whole_folder
 from ercbatch.errors import BundleError, UsageError, foreign_errors
 from ercbatch.retrieval.encoder import SentenceEncoder
@@ -89,7 +89,7 @@ def export_encoder(
             exists and `force` is not given.
         OutputError: it cannot be written.
     """
-    check_output(folder, bundle.ENCODER, force=force, inputs=[source])
+    check_output(folder, manifest.ENCODER, force=force, inputs=[source])
     with foreign_errors(UsageError, f"{source}: cannot be exported", NEEDED):
         model = load_sentence_model(Path(source))
         tokenizer = export_tokenizer(model, Path(source), _CHECKED)
@@ -98,7 +98,7 @@ def export_encoder(
         )
         encoder = PooledEncoder(model)
         graph = _traced(encoder)
-    with whole_folder(folder, bundle.ENCODER, force=force) as part:
+    with whole_folder(folder, manifest.ENCODER, force=force) as part:
         _save(deepcopy(graph), tokenizer, part)
         _compare(source, part, expected, _LEAST_FLOAT)
         if quantize:
@@ -121,9 +121,9 @@ def _traced(encoder: PooledEncoder) -> Graph:
 
 
 def _save(graph: Graph, tokenizer: Tokenizer, folder: Path) -> None:
-    graph.save(folder / bundle.ENCODER)
+    graph.save(folder / manifest.ENCODER)
     text = tokenizer.to_str(pretty=False)
-    (folder / bundle.ENCODER_TOKENIZER).write_text(text, encoding="utf-8")
+    (folder / manifest.ENCODER_TOKENIZER).write_text(text, encoding="utf-8")
 
 
 def _compare(source: str | Path, folder: Path, expected: _Vectors, least: float) -> None:
@@ -134,7 +134,7 @@ def _compare(source: str | Path, folder: Path, expected: _Vectors, least: float)
     """
     mend = "choose another sentence encoder"
     try:
-        encoder = SentenceEncoder(folder / bundle.ENCODER, folder / bundle.ENCODER_TOKENIZER)
+        encoder = SentenceEncoder(folder / manifest.ENCODER, folder / manifest.ENCODER_TOKENIZER)
         found = encoder.encode(_CHECKED)
     except BundleError as error:
         raise UsageError(f"{source}: labelling cannot run its graph ({error}): {mend}") from error

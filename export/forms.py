@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import onnx
 from transformers import AutoTokenizer
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.checkpoints import save_tokenizer
@@ -23,7 +23,7 @@ from export.quantize.int8 import probe, quantize_lookups, quantize_products
 from export.quantize.statistics import module_inputs
 from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 from export.standard import export_standard, import_optimum
-from train.run import TrainedRun
+from train.run import LoadedRun
 
 _MAX_SAMPLED_PARAMETERS = 2_000_000_000
 """Parameters from which weights are rounded each for itself: a large model loses little by it, and
@@ -67,7 +67,7 @@ def need_libraries(form: str) -> None:
 
 
 def write_form(
-    run: TrainedRun, folder: Path, form: str, target: str, samples: Sequence[Pack]
+    run: LoadedRun, folder: Path, form: str, target: str, samples: Sequence[Pack]
 ) -> None:
     """Write the files of a merged model that attends eagerly; see `need_libraries` first.
 
@@ -90,7 +90,7 @@ def write_form(
         write_bnb(run.model, folder, form)
 
 
-def save_merged(run: TrainedRun, folder: Path) -> None:
+def save_merged(run: LoadedRun, folder: Path) -> None:
     """Write a merged model as an ordinary Hugging Face checkpoint into a folder."""
     with run.model.whole() as whole:
         whole.save_pretrained(folder)
@@ -111,12 +111,12 @@ def write_graph(
     if form == "int8":
         quantize_products(graph, weight_range=WEIGHT_RANGE[target], sampler=sampler)
         if target != SAFE_TARGET:
-            onnx.save(probe(), folder / files.PROBE)
+            onnx.save(probe(), folder / manifest.PROBE)
     elif form == "int4":
         quantize_products_to_4_bits(graph, sampler=sampler)
     if form != "fp32":
         quantize_lookups(graph)
-    graph.save(folder / files.MODEL)
+    graph.save(folder / manifest.MODEL)
 
 
 def _sample_run(model: PackedModel, samples: Sequence[Pack]) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle, write_bundle
 from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import BundleInfo
@@ -26,7 +26,7 @@ from export.proof.calibration import (
 )
 from export.proof.card import write_card
 from export.proof.losses import UNCOMPARED, UNMEASURED
-from export.proof.measure import with_demonstrations
+from export.proof.measure import f1_with_demonstrations
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
@@ -72,7 +72,7 @@ def recalibrate(
         OutputError: it cannot be written.
     """
     inputs = [bundle.folder, *(path for _, path in options.measured)]
-    check_output(folder, files.MANIFEST, force=force, inputs=inputs)
+    check_output(folder, manifest.MANIFEST, force=force, inputs=inputs)
     old = bundle.info.window
     window = replace(
         old,
@@ -145,7 +145,7 @@ def _quality(
     answers on the others by what the bundle has.
     """
     info, retriever = bundle.info, None
-    if files.ENCODER in info.files:
+    if manifest.ENCODER in info.files:
         retriever = open_retriever(bundle, available_threads())
     calibrated_predictions = {
         labels: deque(calibrated.predictions) for labels, calibrated in calibration.items()
@@ -163,7 +163,7 @@ def _quality(
         demonstrations_f1 = None
         if retriever is not None:
             engine = replace(engines[labels], temperature=scaling.temperature, offsets=offsets)
-            demonstrations_f1 = with_demonstrations(engine, dataset, retriever)
+            demonstrations_f1 = f1_with_demonstrations(engine, dataset, retriever)
         metrics = {**predictions.metrics(), "log_loss": raw.metrics()["log_loss"]}
         quality.append(
             Quality(

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.errors import MissingExtraError, UsageError
 from ercbatch.scoring.checkpoints import check_config, refuse_code
 
@@ -100,5 +100,5 @@ def export_standard(checkpoint: Path, folder: Path) -> None:
         for path in settings:
             text = path.read_text(encoding="utf-8")
             refuse_code(f"{checkpoint}: {path.name}", json.loads(text))
-        for path in (*settings, *Path(exported).glob(f"{files.MODEL}*")):
+        for path in (*settings, *Path(exported).glob(f"{manifest.MODEL}*")):
             path.rename(folder / path.name)

@@ -89,7 +89,7 @@ def write_tokenizer(folder: Path, kind: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change what a bundle says of itself, and its own digest with it."""
     path = folder / MANIFEST
     value = json.loads(path.read_bytes())
@@ -107,7 +107,7 @@ def sign(folder: Path) -> None:
         }
         for path in sorted(paths)
     }
-    describe(folder, lambda value: value.update(files=files))
+    edit_manifest(folder, lambda value: value.update(files=files))
 
 
 SIZES = {

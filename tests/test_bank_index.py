@@ -17,7 +17,7 @@ from ercbatch.retrieval.bank import (
     VECTORS,
     Demonstration,
     DemonstrationBank,
-    rebuild_index,
+    build_index,
     search_breadth,
 )
 from ercbatch.retrieval.hnsw_file import is_sound
@@ -103,7 +103,7 @@ def test_only_the_index_that_the_digest_names_is_loaded(
     if damage == "garbage":
         index.write_bytes(b"\xff" * index.stat().st_size)
     elif damage == "other":  # whole, but of other vectors: loaded, it would find other texts
-        rebuild_index(large[1][::-1]).save_index(str(index))
+        build_index(large[1][::-1]).save_index(str(index))
     elif damage == "missing":
         index.unlink()
     elif damage == "no digest":
@@ -162,7 +162,7 @@ def test_an_index_that_leads_nowhere_is_not_followed(
 
 def rebuilt_digest(vectors: Vectors, folder: Path) -> str:
     path = folder / "rebuilt"
-    rebuild_index(vectors).save_index(str(path))
+    build_index(vectors).save_index(str(path))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -10,21 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHAT
-from helpers.commands import python
+from helpers.commands import last_line, python
 
 from benchmarks.lib.searches import Truth
 from benchmarks.lib.sentences import converse, invent
 from benchmarks.performance import write_page
 from ercbatch.errors import UsageError
 from ercbatch.retrieval.bank import Demonstration, DemonstrationBank, text_key
-
-
-def last_line(*arguments: str | Path) -> dict[str, Any]:
-    """What a benchmark ends with."""
-    done = python("-m", *arguments)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, cli, describe, export_bundle
+from conftest import EXAMPLES, cli, edit_manifest, export_bundle
 
 from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info
 from ercbatch.bundle.manifest import FORMAT
@@ -71,11 +71,11 @@ def test_a_missing_bundle_or_file_ends_with_4_and_the_next_step(
 
 def test_a_format_of_the_future_is_refused(bundle_folder: Path, tmp_path: Path) -> None:
     shutil.copy(bundle_folder / "bundle.json", tmp_path)
-    describe(tmp_path, lambda value: value.update(format="2.0"))
+    edit_manifest(tmp_path, lambda value: value.update(format="2.0"))
     with pytest.raises(BundleError, match="upgrade ercbatch"):
         read_info(tmp_path)
     files = {"../up": {"size": 1, "sha256": ""}}
-    describe(tmp_path, lambda value: value.update(format=FORMAT, files=files))
+    edit_manifest(tmp_path, lambda value: value.update(format=FORMAT, files=files))
     with pytest.raises(BundleError, match="plain file name"):
         read_info(tmp_path)
 
@@ -114,7 +114,7 @@ def test_bank_build_warns_if_demonstrations_harm(
     (quality,) = read_info(base).quality
     assert 0 <= quality.metrics()["weighted_f1_with_demonstrations"] <= 1
     metrics = {"weighted_f1": 0.5, "weighted_f1_with_demonstrations": shown}
-    describe(base, lambda value: value["quality"][0].update(metrics))
+    edit_manifest(base, lambda value: value["quality"][0].update(metrics))
     examples = EXAMPLES / "my_examples.jsonl"
     done = cli("bank", "build", examples, "--bundle", base, "-o", tmp_path / "mine")
     assert done.returncode == 0, done.stderr

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import EXAMPLES, cli, describe, sign
+from conftest import EXAMPLES, cli, edit_manifest, sign
 from safetensors.numpy import load_file, save_file
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle, open_bundle, read_info
 from ercbatch.errors import BundleError
 from ercbatch.labeler import smoke_test
@@ -68,23 +68,23 @@ def each(*path: str | int, values: Iterable[object]) -> list[tuple[tuple[str | i
         (("label_sets",), []),
         (("form",), "int3"),
         *each("files", values=({}, [], {"../x": {"size": 1, "sha256": ""}})),
-        *each("files", files.MODEL, "size", values=(1e999, "1", -1)),
+        *each("files", manifest.MODEL, "size", values=(1e999, "1", -1)),
         *((("files",), {name: {"size": 1, "sha256": ""}}) for name in ("a\0b", "a\udcff", "", ".")),
     ],
 )
 def test_an_odd_description_is_refused(copy: Path, path: tuple[str | int, ...], value: Any) -> None:
-    describe(copy, put(*path, value=value))
+    edit_manifest(copy, put(*path, value=value))
     with pytest.raises(BundleError, match=str(copy)):
         smoke_test(open_bundle(copy))
 
 
 def test_a_description_is_whole_or_refused(copy: Path) -> None:
     """Each of its bytes flipped, in turn, and each of its lines missing."""
-    manifest = copy / files.MANIFEST
-    data = manifest.read_bytes()
+    path = copy / manifest.MANIFEST
+    data = path.read_bytes()
     known, refused = read_info(copy), 0
     for place in range(len(data)):
-        manifest.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         try:
             # The last of many digits need not make another number.
             assert read_info(copy) == known
@@ -93,33 +93,34 @@ def test_a_description_is_whole_or_refused(copy: Path) -> None:
     assert refused > 0.99 * len(data)
     rows = data.splitlines(keepends=True)
     for number in range(len(rows)):
-        manifest.write_bytes(b"".join(rows[:number] + rows[number + 1 :]))
+        path.write_bytes(b"".join(rows[:number] + rows[number + 1 :]))
         with pytest.raises(BundleError):
             read_info(copy)
 
 
 def test_description_that_is_not_a_small_file_is_refused(copy: Path) -> None:
-    manifest = copy / files.MANIFEST
-    manifest.write_text("[" * 200_000)
+    path = copy / manifest.MANIFEST
+    path.write_text("[" * 200_000)
     with pytest.raises(BundleError, match="not a bundle description"):
         read_info(copy)
-    manifest.unlink()
-    os.mkfifo(manifest)
+    path.unlink()
+    os.mkfifo(path)
     with pytest.raises(BundleError, match="no ordinary small file"):
         read_info(copy)
-    manifest.unlink()
-    for elsewhere in ("/dev/zero", find_bundle("mini") / files.MANIFEST):
-        manifest.symlink_to(elsewhere)
+    path.unlink()
+    for elsewhere in ("/dev/zero", find_bundle("mini") / manifest.MANIFEST):
+        path.symlink_to(elsewhere)
         with pytest.raises(BundleError, match="no ordinary small file"):
             read_info(copy)
-        manifest.unlink()
+        path.unlink()
 
 
 @pytest.mark.parametrize(
-    "name", [files.MODEL, files.HEAD, files.TOKENIZER, files.ENCODER, "demonstrations.jsonl"]
+    "name",
+    [manifest.MODEL, manifest.HEAD, manifest.TOKENIZER, manifest.ENCODER, "demonstrations.jsonl"],
 )
 def test_what_is_not_listed_is_not_opened(copy: Path, name: str) -> None:
-    describe(copy, lambda value: value["files"].pop(name))
+    edit_manifest(copy, lambda value: value["files"].pop(name))
     (copy / name).write_bytes(b"altered")
     labelled = cli("label", CHAT, "--bundle", copy, "--demos", "1")
     assert labelled.returncode == 4, labelled.stderr
@@ -130,7 +131,7 @@ def test_what_is_not_listed_is_not_opened(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b"garbage", b"\xff" * 5000])
 def test_files_of_another_kind_are_refused(copy: Path, content: bytes) -> None:
     for name in read_info(copy).files:
-        if name in (files.CARD, files.CARD_JSON):
+        if name in (manifest.CARD, manifest.CARD_JSON):
             continue
         before = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
@@ -170,9 +171,9 @@ def of_another_shape(head: Json) -> None:
 def test_an_answer_head_that_does_not_fit_is_refused(
     copy: Path, change: Callable[[Json], None]
 ) -> None:
-    head = dict(load_file(copy / files.HEAD))
+    head = dict(load_file(copy / manifest.HEAD))
     change(head)
-    save_file(head, copy / files.HEAD)
+    save_file(head, copy / manifest.HEAD)
     sign(copy)
     with pytest.raises(BundleError):
         smoke_test(open_bundle(copy))
@@ -189,7 +190,7 @@ def test_demonstrations_of_another_encoder_are_refused(copy: Path) -> None:
 
 
 def test_what_a_bundle_says_does_not_steer_a_terminal(copy: Path) -> None:
-    describe(copy, put("licence", value="\x1b[31mred\x07"))
+    edit_manifest(copy, put("licence", value="\x1b[31mred\x07"))
     shown = cli("bundle", "show", copy)
     assert shown.returncode == 0
     assert "\x1b" not in shown.stdout
@@ -202,13 +203,13 @@ def test_the_bundle_in_the_package_labels() -> None:
 
 @pytest.mark.parametrize("place", ["added token", "pattern"])
 def test_a_tokenizer_that_takes_minutes_to_compile_is_refused(copy: Path, place: str) -> None:
-    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    tokenizer = json.loads((copy / manifest.TOKENIZER).read_text())
     if place == "pattern":
         pattern = {"type": "Replace", "pattern": {"Regex": "a" * 100_000}, "content": "b"}
         tokenizer["normalizer"] = pattern
     else:
         tokenizer["added_tokens"][0]["content"] = "a" * 100_000
-    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    (copy / manifest.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match="a string in it is over 4,096 characters long"):
         smoke_test(open_bundle(copy))
@@ -237,21 +238,21 @@ CHARACTERS = b"\4\0\0\0" + bytes(4) + b"a" * 1_000_000 + b"\0"
 def test_a_tokenizer_that_makes_a_million_characters_of_one_is_refused(
     copy: Path, steps: list[dict[str, Any]], words: str
 ) -> None:
-    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    tokenizer = json.loads((copy / manifest.TOKENIZER).read_text())
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
     tokenizer["pre_tokenizer"] = None
-    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    (copy / manifest.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match=words):
         smoke_test(open_bundle(copy))
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error(copy: Path) -> None:
-    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    tokenizer = json.loads((copy / manifest.TOKENIZER).read_text())
     vocabulary = {"a": 0, "b": 1, "ab": 2}
     tokenizer["model"] = {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]}
     tokenizer["model"]["continuing_subword_prefix"] = "longer than b"
-    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    (copy / manifest.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     with pytest.raises(BundleError, match=r"not a tokenizer \(PanicException"):
         smoke_test(open_bundle(copy))
@@ -264,14 +265,14 @@ def test_a_panic_of_the_tokenizers_library_is_an_error(copy: Path) -> None:
 def test_a_graph_with_an_odd_output_ends_in_a_sentence(
     copy: Path, operator: str, attributes: dict[str, int]
 ) -> None:
-    model = onnx.load(copy / files.MODEL)
+    model = onnx.load(copy / manifest.MODEL)
     (output,) = model.graph.output
     node = onnx.helper.make_node(operator, [output.name], ["odd"])
     node.attribute.extend(onnx.helper.make_attribute(*item) for item in attributes.items())
     model.graph.node.append(node)
     kind = attributes.get("to", onnx.TensorProto.FLOAT)
     model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("odd", kind, None))
-    onnx.save(model, copy / files.MODEL)
+    onnx.save(model, copy / manifest.MODEL)
     sign(copy)
     for command in (("label", CHAT, "--bundle", copy), ("bundle", "verify", copy)):
         done = cli(*command)
@@ -281,17 +282,17 @@ def test_a_graph_with_an_odd_output_ends_in_a_sentence(
 
 
 def test_a_tokenizer_of_hundreds_of_megabytes_is_not_read(copy: Path) -> None:
-    os.truncate(copy / files.TOKENIZER, 200_000_000)  # takes no room on the disk
+    os.truncate(copy / manifest.TOKENIZER, 200_000_000)  # takes no room on the disk
     sign(copy)
     with pytest.raises(BundleError, match="over 134,217,728 bytes"):
         smoke_test(open_bundle(copy))
 
 
 def test_a_token_of_an_id_that_no_model_has_is_refused(copy: Path) -> None:
-    tokenizer = json.loads((copy / files.TOKENIZER).read_text())
+    tokenizer = json.loads((copy / manifest.TOKENIZER).read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["gone"] = 2**31
-    (copy / files.TOKENIZER).write_text(json.dumps(tokenizer))
+    (copy / manifest.TOKENIZER).write_text(json.dumps(tokenizer))
     sign(copy)
     for text in ("it is gone", "yes"):
         source = copy / "in.jsonl"

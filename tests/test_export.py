@@ -29,7 +29,7 @@ from onnx import numpy_helper
 from peft import PeftModel
 from test_export_graph import pack
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle
 from ercbatch.errors import BundleError
 from ercbatch.scoring.checkpoints import load_causal_lm
@@ -69,13 +69,13 @@ def test_an_accepted_loss_stands_in_the_bundle(int4: Path) -> None:
     info = read_info(int4)
     assert info.form == "int4"
     assert "% of the labels are the original's" in info.accepted_loss[-1]
-    card = (int4 / files.CARD).read_text()
+    card = (int4 / manifest.CARD).read_text()
     assert card.startswith("---\n")
     assert "base_model" not in card  # a folder is nothing to others
     assert "## Accepted loss\n\nIt was written although:\n\n- meld, labelled_chat: " in card
     assert f"- {info.accepted_loss[-1]}" in card
     assert "| 80% | not reached" in card or "| 80% | 0." in card
-    data = json.loads((int4 / files.CARD_JSON).read_text())
+    data = json.loads((int4 / manifest.CARD_JSON).read_text())
     assert data["license"] == "mit"
     metrics = data["model-index"][0]["results"][0]["metrics"]
     assert metrics[0]["value"] == info.quality[0].to_json()["weighted_f1"]
@@ -144,7 +144,7 @@ def test_validation_files_of_one_label_set_count_together(trained: Path, tmp_pat
         "meld, labelled_chat",
         "meld, labelled_chat_valid",
     ]
-    card = ModelCard.load(tmp_path / "bundle" / files.CARD).data
+    card = ModelCard.load(tmp_path / "bundle" / manifest.CARD).data
     assert sorted({(r.dataset_type, r.dataset_config) for r in card.eval_results}) == [
         ("meld", "labelled_chat"),
         ("meld", "labelled_chat_valid"),
@@ -296,7 +296,7 @@ def test_stopped_export_leaves_no_files(trained: Path, tmp_path: Path) -> None:
 def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     done = export_bundle(trained, folder, "--target", "avx512_vnni", "--accept-loss")
-    path = tmp_path / files.PROBE
+    path = tmp_path / manifest.PROBE
     onnx.save(probe(), path)
     try:
         check_full_range(path)
@@ -309,7 +309,7 @@ def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Pa
     assert "±127" in bundle.info.quantization
     weights = [
         numpy_helper.to_array(t)
-        for t in onnx.load(bundle.path(files.MODEL)).graph.initializer
+        for t in onnx.load(bundle.path(manifest.MODEL)).graph.initializer
         if t.name.endswith("weight_int8")
     ]
     assert max(np.abs(w.astype(int)).max() for w in weights) == 127
@@ -319,10 +319,10 @@ def test_full_range_weights_are_tried_on_the_machine(trained: Path, tmp_path: Pa
         numpy_helper.from_array(np.full((64, 64), 64, np.int8), "w")
     )
 
-    def fill(part: Path) -> files.BundleInfo:
+    def fill(part: Path) -> manifest.BundleInfo:
         for name in bundle.info.files:
             shutil.copyfile(bundle.path(name), part / name)
-        onnx.save(model, part / files.PROBE)
+        onnx.save(model, part / manifest.PROBE)
         return bundle.info
 
     write_bundle(tmp_path / "saturating", fill)

@@ -17,7 +17,7 @@ from helpers.commands import python
 from safetensors.numpy import save_file
 
 from ercbatch import Labeler
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle
 from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.dialogues import Dialogue
@@ -78,11 +78,11 @@ def folders(
     for form, path in paths.items():
 
         def fill(part: Path, form: str = form) -> BundleInfo:
-            for name in (files.ENCODER, files.ENCODER_TOKENIZER, TEXTS, VECTORS, INDEX):
+            for name in (manifest.ENCODER, manifest.ENCODER_TOKENIZER, TEXTS, VECTORS, INDEX):
                 if name in info.files:
                     shutil.copyfile(other.path(name), part / name)
-            tokenizer.save(part / files.TOKENIZER)
-            save_file(dict(model.answer_head(trie.tokens).tensors()), part / files.HEAD)
+            tokenizer.save(part / manifest.TOKENIZER)
+            save_file(dict(model.answer_head(trie.tokens).tensors()), part / manifest.HEAD)
             write_bnb(model, part, form)
             controls = tokenizer.controls
             return replace(info, name="llama", form=form, controls=controls, temperatures={})

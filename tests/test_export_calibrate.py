@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from conftest import CHAT, EXAMPLES, cli
 from helpers.commands import python
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle, read_info
 from ercbatch.bundle.manifest import BundleInfo
 from export.__main__ import main
@@ -39,7 +39,7 @@ def mine(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_only_temperatures_and_metrics_change(bundle_folder: Path, mine: Path) -> None:
     before, after = read_info(bundle_folder), read_info(mine)
     assert after.name == "mine"
-    assert after.files[files.MODEL] == before.files[files.MODEL]
+    assert after.files[manifest.MODEL] == before.files[manifest.MODEL]
     assert after.calibration["meld"].utterances == 22
     assert after.temperatures["meld"] == after.calibration["meld"].temperature
     assert [(q.title, q.utterances) for q in after.quality] == [("meld, labelled_chat_valid", 22)]
@@ -77,7 +77,7 @@ def test_label_shift_follows_how_common_labels_are(
     info, _ = calibrate(bundle_folder, shifted, "--valid", f"meld={sad}", "--label-shift")
     offsets = info.label_offsets["meld"]
     assert max(offsets, key=lambda label: offsets[label]) == "sad"
-    assert f"sad {offsets['sad']:+.2f}" in (shifted / files.CARD).read_text()
+    assert f"sad {offsets['sad']:+.2f}" in (shifted / manifest.CARD).read_text()
     before, after = (
         cli("label", sad, "--bundle", folder, "--quiet").stdout.count('"emotion":"sad"')
         for folder in (bundle_folder, shifted)

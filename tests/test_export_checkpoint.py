@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import EXAMPLES, UNTRAINED, describe, export_bundle, write_model
+from conftest import EXAMPLES, UNTRAINED, edit_manifest, export_bundle, write_model
 from helpers.commands import python
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -97,7 +97,7 @@ def test_folder_without_a_checkpoint_is_refused(
     def altered(folder: Path, architecture: dict[str, object]) -> None:
         shutil.copytree(bundle_folder, folder)
         whole = architecture and {**read_info(folder).architecture, **architecture}
-        describe(folder, lambda value: value.update(architecture=whole))
+        edit_manifest(folder, lambda value: value.update(architecture=whole))
 
     cases: list[tuple[dict[str, object], int, str]] = [
         ({}, 4, "its architecture is not in it"),

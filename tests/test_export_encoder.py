@@ -18,10 +18,10 @@ from helpers.sentence_model import (
     POOLINGS,
     change,
     copy_model,
-    describe,
     library,
     open_encoder,
     original,
+    write_modules,
     write_sentence_model,
 )
 from sentence_transformers import SentenceTransformer
@@ -172,7 +172,7 @@ def test_each_pooling_gives_the_embeddings_of_the_library(
 ) -> None:
     """Padded as well: the library's encoder pads, `SentenceEncoder` does not."""
     model = copy_model(source, tmp_path / "model")
-    describe(model, ["Transformer", "Pooling", *["Normalize"] * normalize], pooling)
+    write_modules(model, ["Transformer", "Pooling", *["Normalize"] * normalize], pooling)
     expected = library(model, LINES)
     export_encoder(model, tmp_path / "float", quantize=False)
     assert np.abs(open_encoder(tmp_path / "float").encode(LINES) - expected).max() < 1e-5
@@ -207,7 +207,7 @@ def test_the_module_names_of_old_and_new_releases_are_read(
     if ".sentence_transformer." in types:
         pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     model = copy_model(source, tmp_path / "model")
-    describe(model, ["Transformer", "Pooling", "Normalize"], POOLINGS[0], types)
+    write_modules(model, ["Transformer", "Pooling", "Normalize"], POOLINGS[0], types)
     export_encoder(model, tmp_path / "encoder")
 
 
@@ -288,7 +288,7 @@ def test_other_prompts_are_not_used(source: Path, tmp_path: Path, float_folder: 
 
 def test_the_command_exports_a_model_of_the_library(source: Path, tmp_path: Path) -> None:
     model = copy_model(source, tmp_path / "model")
-    describe(model, ["Transformer", "Pooling"], POOLINGS[1])
+    write_modules(model, ["Transformer", "Pooling"], POOLINGS[1])
     path = model / "config_sentence_transformers.json"
     change(path, prompts=PROMPTS, default_prompt_name="query")
     done = python("-m", "export", "encoder", model, "-o", tmp_path / "encoder")

@@ -13,7 +13,7 @@ from helpers.sentence_model import (
     POOLINGS,
     change,
     copy_model,
-    describe,
+    write_modules,
     write_sentence_model,
 )
 from safetensors.torch import load_file, save_file
@@ -64,7 +64,7 @@ def test_modules_that_cannot_be_exported_are_refused_by_name(
     source: Path, tmp_path: Path, modules: list[str], message: str
 ) -> None:
     model = copy_model(source, tmp_path / "model")
-    describe(model, modules, POOLINGS[0])
+    write_modules(model, modules, POOLINGS[0])
     with pytest.raises(UsageError, match=message + ".*choose another sentence encoder"):
         export_encoder(model, tmp_path / "out")
 
@@ -148,7 +148,7 @@ def test_settings_of_an_untrusted_model_are_checked(
     source: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     model = copy_model(source, tmp_path / "model")
-    describe(model, ["Transformer", "Pooling"], {"pooling_mode_cls_token": True})
+    write_modules(model, ["Transformer", "Pooling"], {"pooling_mode_cls_token": True})
     damage(model)
     with pytest.raises(UsageError, match=message):
         export_encoder(model, tmp_path / "out")

@@ -12,7 +12,7 @@ from conftest import write_model
 from onnx import TensorProto, helper, numpy_helper
 from test_export_architectures import ACCEPTED
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out
 from ercbatch.scoring.checkpoints import load_causal_lm
@@ -76,9 +76,9 @@ def test_every_form_computes_what_the_model_does(kind: str, tmp_path: Path) -> N
         folder = tmp_path / form
         folder.mkdir()
         write_graph(model, folder, form, "avx2", samples)
-        scorer = OnnxScorer(folder / files.MODEL, model.answer_head([1, 2]), 1)
+        scorer = OnnxScorer(folder / manifest.MODEL, model.answer_head([1, 2]), 1)
         assert error(scorer.states(asked), wanted) < most
-        operators = {node.op_type for node in onnx.load(folder / files.MODEL).graph.node}
+        operators = {node.op_type for node in onnx.load(folder / manifest.MODEL).graph.node}
         assert ("RotaryEmbedding" in operators) == (kind in ROTATED)
         assert ("MatMulIntegerToFloat" in operators) == (form == "int8")
         assert ("MatMulNBits" in operators) == (form == "int4")
@@ -90,7 +90,7 @@ def test_a_pack_may_be_longer_than_the_positions_of_its_model(tmp_path: Path) ->
     long = join([(n, tree) for n in range(30) for tree in [lay_out(_segment(n))]])
     assert len(long) > model.model.config.n_positions
     write_graph(model, tmp_path, "fp32", "avx2", [])
-    scorer = OnnxScorer(tmp_path / files.MODEL, model.answer_head([1]), 1)
+    scorer = OnnxScorer(tmp_path / manifest.MODEL, model.answer_head([1]), 1)
     assert error(scorer.states(long), TorchScorer(model, [1]).states(long)) < 1e-4
 
 
@@ -115,14 +115,14 @@ def test_a_trace_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_a_large_model_keeps_its_weights_beside_its_graph(tmp_path: Path) -> None:
     assert data_file(tmp_path, 1e9) is None
-    assert data_file(tmp_path, 2e9) == tmp_path / files.MODEL_DATA
+    assert data_file(tmp_path, 2e9) == tmp_path / manifest.MODEL_DATA
     model = packed(tmp_path, "llama")
     asked = pack(0, 40)
-    trace_scorer(model, tmp_path / files.MODEL_DATA).save(tmp_path / files.MODEL)
+    trace_scorer(model, tmp_path / manifest.MODEL_DATA).save(tmp_path / manifest.MODEL)
     size = sum(p.numel() for p in model.model.parameters()) * 4
-    assert (tmp_path / files.MODEL).stat().st_size < size / 4
+    assert (tmp_path / manifest.MODEL).stat().st_size < size / 4
     head = model.answer_head([1, 2])
-    scorer = OnnxScorer(tmp_path / files.MODEL, head, 1, [files.MODEL_DATA])
+    scorer = OnnxScorer(tmp_path / manifest.MODEL, head, 1, [manifest.MODEL_DATA])
     assert error(scorer.states(asked), TorchScorer(model, [1, 2]).states(asked)) < 1e-4
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle, open_bundle, write_bundle
 from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.dialogues import Dialogue, Utterance
@@ -104,7 +104,7 @@ def write_traced(checkpoint: Path, folder: Path) -> None:
         },
         {"logits": {**batch, 1: "sequence_length"}},
     )
-    graph.save(folder / files.MODEL)
+    graph.save(folder / manifest.MODEL)
 
 
 @pytest.fixture(params=["traced", "optimum"])
@@ -142,7 +142,7 @@ def check_scorer(checkpoint: Path, folder: Path) -> None:
     model, tokenizer = load_causal_lm(str(checkpoint))
     # Every 7th row: ids of the head need not begin at 0, nor follow each other.
     original = TorchScorer(PackedModel(model.eval()), range(3, 420, 7))
-    scorer = StandardScorer(folder / files.MODEL, original.head, 1)
+    scorer = StandardScorer(folder / manifest.MODEL, original.head, 1)
     for renderer in renderers(tokenizer):
         pack = whole(renderer)
         found = scorer.logits(pack)
@@ -172,7 +172,7 @@ def test_an_answer_is_the_same_alone_and_amid_others(
     model, tokenizer = load_causal_lm(str(llama))
     head = PackedModel(model).answer_head(range(50))
     write_standard(llama, tmp_path)
-    scorer = StandardScorer(tmp_path / files.MODEL, head, 1)
+    scorer = StandardScorer(tmp_path / manifest.MODEL, head, 1)
     renderer = renderers(tokenizer)[0]
     amid = scorer.logits(whole(renderer))
     alone = np.concatenate([scorer.logits(join([(0, tree)])) for tree in trees(renderer)])
@@ -199,9 +199,9 @@ def test_batches_hold_every_prompt_once_and_not_too_many_tokens(lengths: list[in
 
 def test_the_graph_of_packs_is_refused(llama: Path, tmp_path: Path) -> None:
     model = PackedModel(load_causal_lm(str(llama), attn_implementation="eager")[0])
-    trace_scorer(model).save(tmp_path / files.MODEL)
+    trace_scorer(model).save(tmp_path / manifest.MODEL)
     with pytest.raises(BundleError, match=r"no text-generation graph .*\(inputs tokens, "):
-        StandardScorer(tmp_path / files.MODEL, model.answer_head([1]), 1)
+        StandardScorer(tmp_path / manifest.MODEL, model.answer_head([1]), 1)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_optimum_bundle_gives_the_labels_of_the_packed_one(
     write_standard: Writer, llama: Path, packed: Bundle, tmp_path: Path
 ) -> None:
     def fill(part: Path) -> BundleInfo:
-        for name in packed.info.files.keys() - {files.MODEL}:
+        for name in packed.info.files.keys() - {manifest.MODEL}:
             shutil.copyfile(packed.path(name), part / name)
         write_standard(llama, part)
         return replace(packed.info, form="optimum")
@@ -227,7 +227,7 @@ def test_optimum_bundle_gives_the_labels_of_the_packed_one(
     write_bundle(folder, fill)
     written = open_bundle(folder).info.files
     for name, digest in packed.info.files.items():
-        assert (written[name] == digest) == (name != files.MODEL)
+        assert (written[name] == digest) == (name != manifest.MODEL)
     labelled = []
     for bundle in (packed.folder, folder):
         done = cli(
@@ -248,10 +248,10 @@ def test_optimum_reads_the_folder(kind: str, tmp_path: Path) -> None:
 
     checkpoint, folder = write_model(tmp_path / "model", kind), tmp_path / "standard"
     folder.mkdir()
-    load_causal_lm(str(checkpoint))[1].save(folder / files.TOKENIZER)  # as a bundle has it
-    own = (folder / files.TOKENIZER).read_bytes()
+    load_causal_lm(str(checkpoint))[1].save(folder / manifest.TOKENIZER)  # as a bundle has it
+    own = (folder / manifest.TOKENIZER).read_bytes()
     export_standard(checkpoint, folder)
-    assert (folder / files.TOKENIZER).read_bytes() == own
+    assert (folder / manifest.TOKENIZER).read_bytes() == own
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "generation_config.json",

@@ -16,7 +16,7 @@ import click
 import orjson
 import pytest
 import zstandard
-from conftest import EXAMPLES, cli, describe
+from conftest import EXAMPLES, cli, edit_manifest
 from helpers.commands import ROOT
 from test_inputs_records import BAD
 
@@ -310,7 +310,7 @@ def test_later_turns_are_refused_by_a_bundle_that_never_saw_any(
 ) -> None:
     folder = tmp_path / "past"
     shutil.copytree(bundle_folder, folder)
-    describe(folder, lambda value: value.update(later_turns=0))
+    edit_manifest(folder, lambda value: value.update(later_turns=0))
     done = cli("label", EXAMPLES / "group_chat.jsonl", "--bundle", folder, "--context", "both")
     assert done.returncode == 2
     assert "not trained with later turns" in done.stderr

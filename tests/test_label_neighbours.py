@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, describe
+from conftest import CHAT, edit_manifest
 from helpers.commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +67,7 @@ def test_probabilities_are_those_of_the_dialogue_alone(
 def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) -> None:
     """In longer ones a sum runs in another order, which moves int8 activations by whole steps."""
     folder = shutil.copytree(bundle_folder, tmp_path / "long")
-    describe(folder, lambda value: value.update(pack_tokens=4096))
+    edit_manifest(folder, lambda value: value.update(pack_tokens=4096))
     assert Labeler(str(folder)).engine.longest_pack == LONGEST_PACK
 
 

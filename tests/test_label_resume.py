@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import cli, describe
+from conftest import cli, edit_manifest
 from helpers.commands import ROOT
 from slow.kill_loop import kill_loop, lines
 
@@ -185,7 +185,7 @@ def test_stdin_cannot_be_resumed(bundle_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resume_names_what_differs_from_the_first_run(bundle_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(bundle_folder, tmp_path / "other")
-    describe(other, lambda value: value["window"].update(turns=2))
+    edit_manifest(other, lambda value: value["window"].update(turns=2))
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     data = b"\n".join(lines(400, random.Random(4))) + b"\n"
     source.write_bytes(data)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import CHAT
-from helpers.commands import python
-
-
-def told(*arguments: str | Path) -> dict[str, Any]:
-    """What a check says at its end."""
-    done = python("-m", *arguments)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+from helpers.commands import last_line
 
 
 @pytest.mark.slow
 def test_a_long_run_accounts_for_every_line(bundle_folder: Path, tmp_path: Path) -> None:
-    found = told(
+    found = last_line(
         *("benchmarks.soak", tmp_path, "--dialogues", "4000"),
         *("--bundle", bundle_folder, "--kills", "1", "--after", "0.5"),
     )
@@ -32,7 +22,7 @@ def test_a_long_run_accounts_for_every_line(bundle_folder: Path, tmp_path: Path)
 
 
 def test_no_mutant_of_a_bundle_crashes(bundle_folder: Path) -> None:
-    found = told("tests.slow.mutants", "40", "--bundle", bundle_folder)
+    found = last_line("tests.slow.mutants", "40", "--bundle", bundle_folder)
     assert (found["mutants"], found["failed"]) == (40, 0)
     assert found["befallen, refused"] == 20
     assert found["written, refused"] + found["written, labelled"] == 20
@@ -42,13 +32,13 @@ def test_no_mutant_of_a_bundle_crashes(bundle_folder: Path) -> None:
     ("kind", "much"), [("utterances", 300), ("records", 2), ("journal", 2), ("manifest", 2)]
 )
 def test_nothing_that_is_read_raises(kind: str, much: int) -> None:
-    found = told("tests.slow.fuzz", kind, str(much))
+    found = last_line("tests.slow.fuzz", kind, str(much))
     assert found["kind"] == kind
     assert found["inputs"] > 10
 
 
 def test_hostile_lines_are_held_against_harmless_ones(bundle_folder: Path) -> None:
-    found = told("benchmarks.persuasion", CHAT, "--bundle", bundle_folder)
+    found = last_line("benchmarks.persuasion", CHAT, "--bundle", bundle_folder)
     lines = found["lines"]
     assert lines.pop("all")["neighbours"] == sum(line["neighbours"] for line in lines.values()) > 0
     for line in lines.values():

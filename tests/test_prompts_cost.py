@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from benchmarks.graph import PRODUCTS
 from ercbatch import Labeler
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.scoring.checkpoints import load_causal_lm
@@ -37,16 +37,16 @@ def test_tokens_and_scores_of_an_utterance() -> None:
     tokens = sum(len(pack) for pack in given)
     tiles = [cut(pack.ends, TILES) for pack in given]
     scores = sum(int((t.row_counts * t.key_counts).sum()) for t in tiles)
-    assert tokens / sum(len(dialogue.said) for dialogue in dialogues) <= TOKENS
+    assert tokens / sum(len(dialogue.nonblank) for dialogue in dialogues) <= TOKENS
     assert scores / tokens <= SCORES
 
 
 def test_nodes_outside_products(tmp_path: Path) -> None:
-    assert outside(onnx.load(find_bundle("mini") / files.MODEL)) <= MINI_NODES
+    assert outside(onnx.load(find_bundle("mini") / manifest.MODEL)) <= MINI_NODES
     model, _ = load_causal_lm(str(write_model(tmp_path, "llama")), attn_implementation="eager")
     write_graph(PackedModel(model.eval()), tmp_path, "int8", "avx2", [])
     layers = model.config.num_hidden_layers
-    assert outside(onnx.load(tmp_path / files.MODEL)) / layers <= LAYER_NODES
+    assert outside(onnx.load(tmp_path / manifest.MODEL)) / layers <= LAYER_NODES
 
 
 def outside(model: ModelProto) -> int:

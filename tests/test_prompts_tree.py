@@ -206,5 +206,5 @@ def test_clean_leaves_no_delimiter(text: str) -> None:
 @given(text=st.text(max_size=60) | SAID | st.sampled_from(["[SEP][MASK]", "</s> <s>", "[CLS]"]))
 def test_content_never_yields_a_control_token(tokenizer: SegmentTokenizer, text: str) -> None:
     controls = tokenizer.controls
-    ids = set(tokenizer.content(clean(text), 200))
+    ids = set(tokenizer.encode_content(clean(text), 200))
     assert not ids & {*controls.start, *controls.separator, *controls.answer}

@@ -50,18 +50,20 @@ def test_in_words_never_returns_an_empty_text(text: str) -> None:
 
 
 def test_a_long_text_keeps_its_beginning_and_its_end(tokenizer: SegmentTokenizer) -> None:
-    whole = tokenizer.content("one two three four five six seven", 100)
-    assert tokenizer.content("one two three four five six seven", 4) == whole[:4]
-    assert tokenizer.content("one two three four five six seven", 5, both_ends=True) == (
+    whole = tokenizer.encode_content("one two three four five six seven", 100)
+    assert tokenizer.encode_content("one two three four five six seven", 4) == whole[:4]
+    assert tokenizer.encode_content("one two three four five six seven", 5, both_ends=True) == (
         *whole[:3],
         *whole[-2:],
     )
-    assert tokenizer.content("one two", 100, both_ends=True) == tokenizer.content("one two", 100)
+    assert tokenizer.encode_content("one two", 100, both_ends=True) == tokenizer.encode_content(
+        "one two", 100
+    )
 
 
 def test_a_very_long_text_is_cut_before_it_is_tokenized(tokenizer: SegmentTokenizer) -> None:
     filling = "word " * 100_000
-    ids = tokenizer.content(f"first {filling} last", 8, both_ends=True)
-    assert ids[0] == tokenizer.content("first", 8)[0]
-    assert ids[-1] == tokenizer.content("last", 8)[-1]
+    ids = tokenizer.encode_content(f"first {filling} last", 8, both_ends=True)
+    assert ids[0] == tokenizer.encode_content("first", 8)[0]
+    assert ids[-1] == tokenizer.encode_content("last", 8)[-1]
     assert len(ids) == 8

@@ -7,8 +7,6 @@ import re
 
 import ercbatch
 from ercbatch import errors
-from ercbatch.cli import FINISHED_WITH_REJECTS
-from ercbatch.terminal.stopping import CLOSED_PIPE, STOPPED
 
 PUBLIC = [
     "BundleError",
@@ -53,7 +51,7 @@ def test_documented_errors_are_those_of_the_module() -> None:
 
 
 def test_exit_codes() -> None:
-    assert (FINISHED_WITH_REJECTS, STOPPED, CLOSED_PIPE) == (3, 75, 141)
-    assert errors.StoppedError.exit_code == STOPPED
+    assert (errors.FINISHED_WITH_REJECTS, errors.RESUMABLE, errors.CLOSED_PIPE) == (3, 75, 141)
+    assert errors.ResumableOutputError.exit_code == errors.RESUMABLE
     codes = {errors.ErcbatchError: 1, errors.UsageError: 2, errors.InputError: 4}
     assert {each: each.exit_code for each in codes} == codes

@@ -338,7 +338,7 @@ def test_token_dropout_thins_what_is_said_and_nothing_else(bert: Path) -> None:
     scenes = (Scene(Dialogue((Utterance(said),)), (np.eye(7, dtype=np.float32)[0],)),)
     dataset = Dataset(Source("x", "meld"), label_set("meld"), scenes)
     _, tokenizer = load_causal_lm(str(bert))
-    (word,) = tokenizer.content("train", 9)
+    (word,) = tokenizer.encode_content("train", 9)
 
     def drawn(share: float, epoch: int) -> list[int]:
         recipe = Recipe(base="x", train=(dataset.source,), template="compact", token_dropout=share)

@@ -33,7 +33,7 @@ def test_a_speaker_question_is_answered_with_its_speaker(bert: Path) -> None:
     (step,) = sampler.epoch(1, [Task.SPEAKER])
     assert [TASKS[i] for i in step.tasks] == [Task.SPEAKER] * 3
     answers = [sampler.answer_tokens[i] for i in step.targets.argmax(1)]
-    zero, one = (tokenizer.template(f" {name}")[0] for name in "01")
+    zero, one = (tokenizer.encode_template(f" {name}")[0] for name in "01")
     assert answers == [zero, one, zero]
     assert (step.options.sum(1) == 2).all()
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ercbatch.errors import UsageError
 from ercbatch.scoring.checkpoints import save_tokenizer
-from train.run import MODEL, describe, load_run
+from train.run import MODEL, load_run, write_description
 
 
 class Average:
@@ -77,4 +77,4 @@ def average_runs(runs: Sequence[Path], folder: Path) -> None:
         "data": first.data,
         "files": first.files,
     }
-    describe(folder, described, first.tokenizer, averaged=[str(run) for run in runs])
+    write_description(folder, described, first.tokenizer, averaged=[str(run) for run in runs])

@@ -29,7 +29,7 @@ class Scene:
     @property
     def target_utterances(self) -> list[int]:
         """The utterances that have a text and a target."""
-        return [t for t in self.dialogue.said if self.targets[t] is not None]
+        return [t for t in self.dialogue.nonblank if self.targets[t] is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ class Dataset:
     def labelled(self) -> bool:
         """Whether an utterance with a text has a gold label, to be measured by."""
         return any(
-            s.dialogue.utterances[t].label is not None for s in self.scenes for t in s.dialogue.said
+            s.dialogue.utterances[t].label is not None
+            for s in self.scenes
+            for t in s.dialogue.nonblank
         )
 
     def first(self, count: int) -> Dataset:

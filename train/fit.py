@@ -30,7 +30,7 @@ from train.loop import DivergedError, Fitting, Hooks
 from train.model import check_memory, load_trainable
 from train.progress import EpochMetrics, Metrics, metrics_text
 from train.recipe import Recipe
-from train.run import ADAPTER, DESCRIPTION, MODEL, describe, description
+from train.run import ADAPTER, DESCRIPTION, MODEL, run_description, write_description
 from train.samples import Sampler, TrainingBank, joined, training_bank
 from train.state import STATE, load_state, save_state
 from train.validate import Validation
@@ -191,7 +191,7 @@ def _fit(
     test = Validation(packed, tokenizer, recipe, data.test, demonstrations.retrievers)
     sample = Validation(packed, tokenizer, recipe, sampled, demonstrations.for_sample)
     described = {
-        **description(recipe, tokenizer),
+        **run_description(recipe, tokenizer),
         "bfloat16": bfloat16,
         "processes": accelerator.num_processes,
     }
@@ -218,7 +218,7 @@ def _fit(
                 if not run.best_epoch:  # the weights are those of the last step that went well
                     run.write()
                 outcome = {"epochs": fitting.finished, "kept": run.best_epoch, "diverged": True}
-                describe(folder, described, tokenizer, **outcome)
+                write_description(folder, described, tokenizer, **outcome)
             raise DivergedError(f"{error}. {folder} holds what was good before") from error
     if accelerator.is_main_process:
         outcome["kept"] = run.best_epoch
@@ -227,7 +227,7 @@ def _fit(
             run.load_best()
             outcome["test"] = test.metrics(recipe.stages[-1].tasks)
             test_summary = f"; {metrics_text(outcome['test'])}"
-        describe(folder, described, tokenizer, **outcome)
+        write_description(folder, described, tokenizer, **outcome)
         (folder / STATE).unlink()
         report(
             f"{folder}: epoch {run.best_epoch} is kept{test_summary}; "

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ercbatch.errors import ErcbatchError, UsageError
+from ercbatch.errors import RESUMABLE, ErcbatchError, UsageError
 from ercbatch.prompts.tree import Task
 from ercbatch.scoring.packed_model import PackedModel
 from train.average import Average
@@ -33,7 +33,7 @@ class DivergedError(ErcbatchError):
 class InterruptedFitError(ErcbatchError):
     """Training was asked to stop; what it came to is saved."""
 
-    exit_code = 75
+    exit_code = RESUMABLE
 
 
 class Objective(nn.Module):

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import encoder_files
 from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError, foreign_errors
@@ -33,7 +33,7 @@ MODEL, ADAPTER = "model", "adapter"
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedRun:
+class LoadedRun:
     """A finished run.
 
     `data` and `files`, what else it depends on, map paths to SHA-256. `checkpoint` is the model
@@ -52,35 +52,35 @@ def load_run(
     folder: Path,
     *,
     merged: bool = True,
-    original: bool = False,
+    full_precision_base: bool = False,
     attention: str | None = None,
     dtype: Any = torch.float32,
-) -> TrainedRun:
+) -> LoadedRun:
     """Read a run folder.
 
     Args:
         folder: what `train fit` wrote.
         merged: the adapter merged into the base; otherwise the model as it was trained.
-        original: merge what was trained on a quantized base into the base as it is; by default it
-            is merged into the rounded weights that the adapter was fitted to, multiplied out.
+        full_precision_base: merge what was trained on a quantized base into the base as it is. By
+            default it is merged into the dequantized weights, which the adapter was fitted to.
         attention: the implementation of attention that transformers should use.
         dtype: of the weights, as `from_pretrained` takes it.
 
     Raises:
         UsageError: not a run folder, one that diverged at once, or its base is missing or another.
     """
-    with unreadable(folder):
-        return _load(folder, merged, original, attention, dtype)
+    with wrap_model_errors(folder):
+        return _load(folder, merged, full_precision_base, attention, dtype)
 
 
 def _load(
-    folder: Path, merged: bool, original: bool, attention: str | None, dtype: Any
-) -> TrainedRun:
+    folder: Path, merged: bool, full_precision_base: bool, attention: str | None, dtype: Any
+) -> LoadedRun:
     recipe, described = _read_description(folder)
     controls = ControlTokens.from_json(described["controls"])
     data, file_digests = described["data"], described.get("files", {})
     settings: dict[str, Any] = {"attn_implementation": attention}
-    quantized = recipe.load != "full" and not (merged and original)
+    quantized = recipe.load != "full" and not (merged and full_precision_base)
     if quantized:
         settings |= {"quantization_config": quantization(recipe), "device_map": {"": "cpu"}}
     else:
@@ -103,8 +103,8 @@ def _load(
             model = model.dequantize().to(_dequantized_dtype(dtype))
         model = _adapted(model, folder / ADAPTER)
         model = model.merge_and_unload() if merged else model.base_model.model
-    tokenizer = SegmentTokenizer.from_file(folder / files.TOKENIZER, controls)
-    return TrainedRun(recipe, checkpoint, data, file_digests, PackedModel(model.eval()), tokenizer)
+    tokenizer = SegmentTokenizer.from_file(folder / manifest.TOKENIZER, controls)
+    return LoadedRun(recipe, checkpoint, data, file_digests, PackedModel(model.eval()), tokenizer)
 
 
 def run_files(folder: Path) -> list[str]:
@@ -117,7 +117,7 @@ def run_files(folder: Path) -> list[str]:
     return [_checkpoint(folder, recipe), *described["data"]]
 
 
-def unreadable(source: str | Path) -> AbstractContextManager[None]:
+def wrap_model_errors(source: str | Path) -> AbstractContextManager[None]:
     """See `foreign_errors`: of the files of a model, as UsageError."""
     problem = f"{source}: a file of its model is not what it should be"
     return foreign_errors(UsageError, problem, "train again, or get it again")
@@ -224,7 +224,7 @@ def untrained_run(
     *,
     attention: str | None = None,
     dtype: Any = torch.float32,
-) -> TrainedRun:
+) -> LoadedRun:
     """A base as it is, as if it were a run: for zero-shot figures and bundles.
 
     `source` is the labelled data to measure on; `wording` the template's name.
@@ -247,10 +247,10 @@ def untrained_run(
             max_tokens=tokens, max_utterance_tokens=min(window.max_utterance_tokens, tokens // 4)
         ),
     )
-    return TrainedRun(recipe, base, {source.path: file_sha256(source.path)}, {}, packed, tokenizer)
+    return LoadedRun(recipe, base, {source.path: file_sha256(source.path)}, {}, packed, tokenizer)
 
 
-def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
+def run_description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     """What a run depends on: the resolved recipe, the tokenizer's controls, digests of files."""
     sources = (*recipe.train, *recipe.valid, *recipe.test)
     paths = {p for s in sources for p in (s.labels, s.written, s.mapping) if Path(p).is_file()}
@@ -265,12 +265,12 @@ def description(recipe: Recipe, tokenizer: SegmentTokenizer) -> dict[str, Any]:
     }
 
 
-def describe(
+def write_description(
     folder: Path, described: Mapping[str, Any], tokenizer: SegmentTokenizer, **outcome: Any
 ) -> None:
     """Write the description of a finished run: from then on the folder is one."""
     versions = {name: version(name) for name in ("ercbatch", "torch", "transformers", "peft")}
-    tokenizer.save(folder / files.TOKENIZER)
+    tokenizer.save(folder / manifest.TOKENIZER)
     text = json.dumps(
         {**described, "versions": versions, **outcome}, indent=2, default=dataclasses.asdict
     )

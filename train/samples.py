@@ -257,25 +257,23 @@ def speaker_questions(scene: Scene) -> list[Question]:
     """Who said each utterance; none where there are not two to choose from."""
     if len(set(speaker_numbers(scene.dialogue))) < 2:
         return []
-    return [Question(Task.SPEAKER, t) for t in scene.dialogue.said]
+    return [Question(Task.SPEAKER, t) for t in scene.dialogue.nonblank]
 
 
 class _NoisyTokenizer(SegmentTokenizer):
     """Leaves some tokens of what people say out, others each time; the template's own all stay."""
 
     def __init__(self, tokenizer: SegmentTokenizer, share: float) -> None:
-        self.controls = tokenizer.controls
-        self.template = tokenizer.template
-        self._wrapped = tokenizer
+        self.__dict__.update(vars(tokenizer))  # else a copy of the same tokenizer
         self._share = share
 
     def draw_from(self, random: np.random.Generator) -> None:
         """Decide with this generator from now on."""
         self._random = random
 
-    def content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
-        """See `SegmentTokenizer.content`."""
-        ids = self._wrapped.content(text, limit, both_ends=both_ends)
+    def encode_content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
+        """See `SegmentTokenizer.encode_content`."""
+        ids = super().encode_content(text, limit, both_ends=both_ends)
         if not self._share:
             return ids
         mask = self._random.random(len(ids)) >= self._share

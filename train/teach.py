@@ -29,7 +29,7 @@ from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.tree import Renderer
 from ercbatch.scoring.torch_scorer import TorchScorer
-from train.run import TrainedRun, load_run
+from train.run import LoadedRun, load_run
 
 _PACK_TOKENS = 1024
 """Long packs: in bfloat16 all weights are converted once a pack."""
@@ -86,7 +86,7 @@ def teach(
 
 
 def _fitted_on(
-    run: TrainedRun, sha256: str, labels: LabelSet, number: int, dialogue: Dialogue
+    run: LoadedRun, sha256: str, labels: LabelSet, number: int, dialogue: Dialogue
 ) -> bool:
     labelled = any(u.label is not None for u in dialogue.utterances)
     return any(
@@ -98,7 +98,7 @@ def _fitted_on(
     )
 
 
-def _engine(run: TrainedRun, labels: LabelSet, *, bfloat16: bool) -> Engine:
+def _engine(run: LoadedRun, labels: LabelSet, *, bfloat16: bool) -> Engine:
     recipe = run.recipe
     renderer = Renderer(run.tokenizer, recipe.wording, recipe.window, labels.labels)
     scorer = TorchScorer(run.model, renderer.trie.tokens, bfloat16=bfloat16)

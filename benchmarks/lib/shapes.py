@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
 
@@ -170,5 +170,5 @@ def _bundled_tokenizer() -> PreTrainedTokenizerFast:
         f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")
     }
     special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}  # some converters ask for them
-    path = find_bundle("mini") / files.TOKENIZER
+    path = find_bundle("mini") / manifest.TOKENIZER
     return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from ercbatch.checked import INT32_MAX
 from ercbatch.errors import BundleError, foreign_errors
 
-# A token that covers more characters than this in ordinary text is rare; the bound only keeps a
-# megabyte of text from being tokenized in order to use its first hundred tokens.
-_CHARACTERS_PER_TOKEN = 32
+CHARACTERS_PER_TOKEN = 32
+"""Characters read for each token that counts, so that a text of megabytes need not be tokenized
+whole. Tokens of ordinary text rarely cover more."""
 
 _LARGEST_FILE = 128 << 20
 """Bytes of a `tokenizer.json`; 34 MB is the largest known (Gemma 3's, of 262,144 tokens)."""
@@ -184,14 +184,14 @@ class SegmentTokenizer:
         self._source = source
         self.controls = controls
         # Added tokens that are not special (`<tool_call>` in some chat models) are still matched
-        # in text; their ids never leave `content`. The unknown token is one that text may yield.
+        # in text; their ids never leave `encode_content`. Text may yield the unknown token.
         unknown_token = getattr(tokenizer.model, "unk_token", None)
         self._forbidden_ids = frozenset(
             id_
             for id_, token in tokenizer.get_added_tokens_decoder().items()
             if token.content != unknown_token
         )
-        self.template = lru_cache(maxsize=4096)(self._encode)
+        self.encode_template = lru_cache(maxsize=4096)(self._encode)
 
     @classmethod
     def from_file(cls, path: Path, controls: ControlTokens) -> SegmentTokenizer:
@@ -215,12 +215,12 @@ class SegmentTokenizer:
             )
         return ids
 
-    def content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
+    def encode_content(self, text: str, limit: int, *, both_ends: bool = False) -> tuple[int, ...]:
         """Ids of a speaker's text, at most `limit` of them, none a control token.
 
         A longer text loses its end, or with `both_ends` its middle.
         """
-        text = _truncate(text, limit * _CHARACTERS_PER_TOKEN, both_ends)
+        text = _truncate(text, limit * CHARACTERS_PER_TOKEN, both_ends)
         ids = tuple(id_ for id_ in self._encode(text) if id_ not in self._forbidden_ids)
         return _truncate(ids, limit, both_ends)
 

@@ -163,7 +163,7 @@ class Renderer:
         self._speaker_tries: dict[int, AnswerTrie] = {}
 
     def _trie(self, answers: Sequence[str]) -> AnswerTrie:
-        sequences = [self.tokenizer.template(answer) for answer in answers]
+        sequences = [self.tokenizer.encode_template(answer) for answer in answers]
         return answer_trie(sequences, self.tokenizer.controls.separator)
 
     def answers(self, question: Question, dialogue: Dialogue) -> AnswerTrie:
@@ -187,10 +187,10 @@ class Renderer:
             if isinstance(piece, Control):
                 ids += controls[piece]
             elif isinstance(piece, Text):
-                ids += self.tokenizer.template(piece.text)
+                ids += self.tokenizer.encode_template(piece.text)
             else:
                 limit, ends = self.window.max_utterance_tokens, self.template.keeps_ends
-                ids += self.tokenizer.content(piece.text, limit, both_ends=ends)
+                ids += self.tokenizer.encode_content(piece.text, limit, both_ends=ends)
         return ids
 
     def trees(self, dialogue: Dialogue, questions: Sequence[Question]) -> list[Tree]:
@@ -201,7 +201,7 @@ class Renderer:
         Raises:
             UsageError: a question that cannot be asked.
         """
-        scene = _Scene(self, dialogue)
+        scene = _DialoguePrompts(self, dialogue)
         turn_questions = sorted(
             (q for q in questions if q.task is not Task.SPEAKER),
             key=_by_prompt_end,
@@ -223,7 +223,7 @@ class Renderer:
         over `max_tokens` overrides: see `Renderer.starts`).
         """
         path = self.answers(question, dialogue).choices[choice].path
-        scene = _Scene(self, dialogue)
+        scene = _DialoguePrompts(self, dialogue)
         if question.task is Task.SPEAKER:
             return [*self.speaker_head, *scene.branch(question), *path]
         first = question.utterance - question.utterance % self.window.stride
@@ -237,7 +237,7 @@ class Renderer:
     def starts(self, dialogue: Dialogue, questions: Sequence[Question]) -> dict[Question, int]:
         """The first turn that each (emotion or impact) question has in view."""
         ordered = sorted(questions, key=_by_prompt_end)
-        blocks = _Scene(self, dialogue).blocks(ordered)
+        blocks = _DialoguePrompts(self, dialogue).blocks(ordered)
         return {question: start for start, block in blocks for question, _ in block}
 
 
@@ -255,7 +255,7 @@ def speaker_numbers(dialogue: Dialogue) -> list[int]:
 _Block = list[tuple[Question, list[int]]]
 
 
-class _Scene:
+class _DialoguePrompts:
     """One dialogue, its turns tokenized once."""
 
     def __init__(self, renderer: Renderer, dialogue: Dialogue) -> None:

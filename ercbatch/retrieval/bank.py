@@ -69,7 +69,7 @@ class DemonstrationBank:
         self._by_label = {label: np.array(indices, np.int64) for label, indices in members.items()}
         self._index = index
         if index is None and len(demonstrations) >= _EXACT_BELOW:
-            self._index = rebuild_index(self.vectors)
+            self._index = build_index(self.vectors)
 
     def __len__(self) -> int:
         return len(self.demonstrations)
@@ -226,7 +226,7 @@ def search_breadth(count: int, size: int) -> int:
     return max(count + count // 2, round(20 * math.pow(size, 0.25)))
 
 
-def rebuild_index(vectors: Vectors) -> hnswlib.Index:
+def build_index(vectors: Vectors) -> hnswlib.Index:
     """An hnswlib cosine index of vectors [n, dim]; the same ones always give the same bytes."""
     index = hnswlib.Index(space="cosine", dim=vectors.shape[1])
     index.init_index(max_elements=len(vectors), M=_LINKS, ef_construction=200, random_seed=42)

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ercbatch.prompts.tokens import load_tokenizer
+from ercbatch.prompts.tokens import CHARACTERS_PER_TOKEN, load_tokenizer
 from ercbatch.scoring.sessions import open_session, run_session
 
 MAX_TOKENS = 128
 """Tokens of a text that count, as all-MiniLM-L6-v2 was trained (its model card)."""
-_CHARACTERS_PER_TOKEN = 32
-"""Characters read for each token that counts: a text of megabytes need not be tokenized whole."""
 _BATCH_TOKENS = 512
 """Tokens in one run of the encoder, at most; larger runs leave the processor's caches."""
 
@@ -33,7 +31,7 @@ class SentenceEncoder:
         self._tokenizer.enable_truncation(max_tokens)
         # "[SEP]" in a text is five characters, not the end of the sentence.
         self._tokenizer.encode_special_tokens = True
-        self._max_characters = _CHARACTERS_PER_TOKEN * max_tokens
+        self._max_characters = CHARACTERS_PER_TOKEN * max_tokens
         self.dim = len(self._run([[0]])[0])
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ercbatch.bundle.bundle import find_bundle, open_bundle, write_bundle
 from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import CARD, CARD_JSON, MANIFEST, BundleInfo
-from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, DemonstrationBank, read_examples
+from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, build_bank, read_examples
 from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.sessions import available_threads
 
@@ -35,8 +35,7 @@ def rebuild_with_examples(
     check_output(output, MANIFEST, force=force, inputs=[bundle.folder, examples])
     labels = bundle.info.label_set(label_set)
     entries = read_examples(examples, labels)
-    encoder = open_retriever(bundle, available_threads()).encoder
-    bank = DemonstrationBank(entries, encoder.encode([d.text for d in entries]))
+    bank = build_bank(entries, open_retriever(bundle, available_threads()).encoder)
     # The figures of the old bundle, and its card, were not measured with these demonstrations.
     info = replace(
         bundle.info,

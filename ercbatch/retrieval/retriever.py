@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle, wrap_file_errors
 from ercbatch.errors import BundleError
 from ercbatch.labels import LabelSet
@@ -39,14 +39,14 @@ def open_retriever(bundle: Bundle, threads: int) -> Retriever:
     Raises:
         BundleError: the bundle has none.
     """
-    if files.ENCODER not in bundle.info.files:
+    if manifest.ENCODER not in bundle.info.files:
         raise BundleError(
             f"{bundle.folder}: the bundle has no encoder to find demonstrations with: export it "
             "with --encoder and --examples"
         )
     with wrap_file_errors(bundle.folder):
         encoder = SentenceEncoder(
-            bundle.path(files.ENCODER), bundle.path(files.ENCODER_TOKENIZER), threads=threads
+            bundle.path(manifest.ENCODER), bundle.path(manifest.ENCODER_TOKENIZER), threads=threads
         )
         digests = {name: digest.sha256 for name, digest in bundle.info.files.items()}
         bank = DemonstrationBank.load(bundle.folder, digests)

@@ -16,7 +16,7 @@ from ercbatch.inputs.files import decode_name
 from ercbatch.labeler import Labeler
 from ercbatch.runs.journal import FORMAT
 from ercbatch.runs.output import Files
-from ercbatch.runs.preflight import RunOptions, can_resume
+from ercbatch.runs.preflight import RunOptions, can_reread
 
 
 class Inputs:
@@ -27,7 +27,7 @@ class Inputs:
         self._statuses: list[tuple[str, os.stat_result]] = []
         for name in names:
             entry: dict[str, str | int] = {"file": decode_name(name)}
-            if can_resume([name]):
+            if can_reread([name]):
                 try:
                     with open(name, "rb") as file:
                         status = os.fstat(file.fileno())
@@ -39,6 +39,11 @@ class Inputs:
                     ) from error
                 self._statuses.append((name, status))
             self.description.append(entry)
+
+    @property
+    def rereadable(self) -> bool:
+        """Whether all of them can be read again."""
+        return len(self._statuses) == len(self.description)
 
     def check(self) -> None:
         """See that they are still the same.

@@ -60,13 +60,13 @@ class ResumePoint:
     """How far a run has come, and where a resumed run begins to read.
 
     Attributes:
-        chunk: where reading begins, the start of a chunk (see `ercbatch.engine`).
+        chunk_start: where reading begins, the start of a chunk (see `ercbatch.engine`).
         written: records from there on that are in the output or among the rejects.
         counts: counts up to and with the last of these records.
         seconds: duration of labelling up to here.
     """
 
-    chunk: Position = BEGINNING
+    chunk_start: Position = BEGINNING
     written: int = 0
     counts: Counts = Counts()
     seconds: float = 0.0
@@ -90,7 +90,7 @@ class Commit:
         point = mapping(value["point"])
         return cls(
             ResumePoint(
-                Position(**_integers(Position.__slots__, point["chunk"])),
+                Position(**_integers(Position.__slots__, point["chunk_start"])),
                 integer(point["written"], high=_INT64_MAX),
                 Counts.from_json(point["counts"]),
                 number(point["seconds"]),

@@ -26,7 +26,7 @@ from ercbatch.runs.journal import Commit, Journal, ResumePoint
 from ercbatch.terminal.streams import printable
 from ercbatch.terminal.transcript import print_dialogue
 
-PART, JOURNAL = ".part", ".journal"
+_PART, _JOURNAL = ".part", ".journal"
 """Endings of the names of what stands beside an output while it is written."""
 
 
@@ -45,12 +45,12 @@ class Files:
     @property
     def part(self) -> Path:
         """The output while it is incomplete."""
-        return self._beside(PART)
+        return self._beside(_PART)
 
     @property
     def journal(self) -> Path:
         """How far that is whole."""
-        return self._beside(JOURNAL)
+        return self._beside(_JOURNAL)
 
     @property
     def manifest(self) -> Path:
@@ -60,7 +60,7 @@ class Files:
     @property
     def unfinished_manifest(self) -> Path:
         """The manifest until it is whole."""
-        return self._beside(MANIFEST + PART)
+        return self._beside(MANIFEST + _PART)
 
     def earlier_outputs(self) -> tuple[Path, ...]:
         """What a run has left here: no input, though it be in an input folder."""

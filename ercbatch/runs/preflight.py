@@ -32,7 +32,7 @@ class RunOptions:
     quiet: bool = False
 
 
-def can_resume(inputs: Sequence[str]) -> bool:
+def can_reread(inputs: Sequence[str]) -> bool:
     """Whether inputs can be read again, if they are there: stdin and pipes can't."""
     return all(
         name != STDIN and (Path(name).is_file() or not os.path.lexists(name)) for name in inputs
@@ -102,7 +102,7 @@ def refuse_overwrite(files: Files, options: RunOptions, *, stopped: bool) -> Non
         return
     if stopped:
         advice = "--force begins anew"
-        if can_resume(options.inputs):
+        if can_reread(options.inputs):
             advice = f"--resume goes on with it, {advice}"
         raise UsageError(f"{files.part} is of a run that was stopped: {advice}")
     if files.output.exists():

@@ -11,10 +11,17 @@ from pathlib import Path
 
 import click
 
-from ercbatch.errors import InputError, LimitError, OutputError, UnreadableError, UsageError
-from ercbatch.runs.output import JOURNAL
-from ercbatch.runs.preflight import can_resume
-from ercbatch.terminal.stopping import STOPPED, Stopped
+from ercbatch.errors import (
+    RESUMABLE,
+    InputError,
+    LimitError,
+    OutputError,
+    UnreadableError,
+    UsageError,
+)
+from ercbatch.runs.output import Files
+from ercbatch.runs.preflight import can_reread
+from ercbatch.terminal.stopping import Stopped
 
 
 @contextmanager
@@ -25,8 +32,8 @@ def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
     except (UsageError, OutputError):
         raise
     except BaseException as error:
-        begun = output is not None and output.with_name(output.name + JOURNAL).exists()
-        rereadable = begun and can_resume(inputs)
+        begun = output is not None and Files.of(output, None).journal.exists()
+        rereadable = begun and can_reread(inputs)
         # An input that is broken, or was changed, must become another one first.
         valid = not isinstance(error, InputError) or isinstance(error, LimitError | UnreadableError)
         begun = begun and valid
@@ -41,7 +48,7 @@ def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
             # Threads may be at work on packs, or wait for input: none of them is waited for, nor
             # is whoever reads stdout.
             sys.stderr.flush()
-            os._exit(STOPPED if rereadable else 128 + error.number)
+            os._exit(RESUMABLE if rereadable else 128 + error.number)
         raise
 
 

@@ -17,7 +17,7 @@ from ercbatch.errors import (
     InputError,
     LimitError,
     OutputError,
-    StoppedError,
+    ResumableOutputError,
     UsageError,
 )
 from ercbatch.inputs.files import decode_name
@@ -28,7 +28,7 @@ from ercbatch.runs.journal import Counts, Journal, ResumePoint
 from ercbatch.runs.output import FileOutput, Files, StreamOutput, complete
 from ercbatch.runs.preflight import (
     RunOptions,
-    can_resume,
+    can_reread,
     check_files,
     check_rejects,
     refuse_overwrite,
@@ -85,12 +85,12 @@ def run_label(
             return _label_to_files(labeler(), options, files, journal, stop)
         except OSError as error:
             what = f"{error.filename or files.part}: {error.strerror}"
-            if not can_resume(options.inputs):
+            if not can_reread(options.inputs):
                 raise OutputError(
                     f"{what}: stdin and pipes cannot be read again: see to it, and begin anew with "
                     "--force"
                 ) from error
-            raise StoppedError(f"{what}: see to it, and go on") from error
+            raise ResumableOutputError(f"{what}: see to it, and go on") from error
 
 
 def _label_to_files(
@@ -100,7 +100,7 @@ def _label_to_files(
     identity = identity_of(labeler, options, files, inputs)
     stopped = journal.identity is not None
     if options.resume and (stopped or files.output.exists()):
-        if not all("sha256" in entry for entry in inputs.description):
+        if not inputs.rereadable:
             raise UsageError(
                 "--resume: stdin and pipes cannot be read again: begin anew with --force, or label "
                 "a file"
@@ -151,7 +151,7 @@ def _label(
     stop: Stopper,
 ) -> RunSummary:
     """Label what follows after `start`."""
-    reader = Reader(options.inputs, options.limits, start.chunk)
+    reader = Reader(options.inputs, options.limits, start.chunk_start)
     counts = start.counts
     _check_errors(counts.rejected, options.max_errors)
     with _ByteProgress(options) as progress:
@@ -168,7 +168,7 @@ def _label(
                     utterances=counts.utterances + utterances,
                 )
                 seconds = start.seconds + progress.seconds
-                point = ResumePoint(entry.chunk.start, entry.index + 1, counts, seconds)
+                point = ResumePoint(entry.chunk_start.start, entry.index + 1, counts, seconds)
                 if labeled is not None:
                     output.write(labeled, point)
                 elif record.reject is not None:
@@ -188,7 +188,7 @@ class _ByteProgress(Progress):
     """Progress by the bytes of the inputs that lie behind."""
 
     def __init__(self, options: RunOptions) -> None:
-        plain = can_resume(options.inputs) and all(
+        plain = can_reread(options.inputs) and all(
             name.endswith(("jsonl", "ndjson")) for name in options.inputs
         )
         sizes = [Path(name).stat().st_size for name in options.inputs] if plain else []

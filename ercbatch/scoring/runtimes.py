@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle
 from ercbatch.bundle.manifest import RUNTIMES
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
@@ -44,7 +44,7 @@ def open_scorer(bundle: Bundle, threads: int) -> Scorer:
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
-    head = AnswerHead.from_tensors(load_file(bundle.path(files.HEAD)))
+    head = AnswerHead.from_tensors(load_file(bundle.path(manifest.HEAD)))
     return open_model(bundle.folder, bundle.info.form, head, threads, bundle.info.files)
 
 
@@ -57,13 +57,13 @@ def open_model(
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
-    if files.PROBE in file_names:
-        check_full_range(folder / files.PROBE)
+    if manifest.PROBE in file_names:
+        check_full_range(folder / manifest.PROBE)
     if RUNTIMES[form] == "onnx":
-        if files.MODEL not in file_names:
-            raise BundleError(f"{folder}: lacks {files.MODEL}: export it again")
+        if manifest.MODEL not in file_names:
+            raise BundleError(f"{folder}: lacks {manifest.MODEL}: export it again")
         kind = StandardScorer if form == "optimum" else OnnxScorer
-        return kind(folder / files.MODEL, head, threads, file_names)
+        return kind(folder / manifest.MODEL, head, threads, file_names)
     try:
         from ercbatch.scoring.bnb_scorer import BnbScorer
     except ImportError as error:
@@ -71,7 +71,9 @@ def open_model(
             f"{folder}: a model in {form} is run by torch and bitsandbytes ({error}): "
             "pip install '.[bnb]' in a checkout of ercbatch"
         ) from error
-    weights = sorted(fnmatch.filter(file_names, files.WEIGHTS))
-    if not weights or files.CONFIG not in file_names:
-        raise BundleError(f"{folder}: lacks {files.CONFIG} or {files.WEIGHTS}: export it again")
-    return BnbScorer(folder / files.CONFIG, [folder / name for name in weights], head, threads)
+    weights = sorted(fnmatch.filter(file_names, manifest.WEIGHTS))
+    if not weights or manifest.CONFIG not in file_names:
+        raise BundleError(
+            f"{folder}: lacks {manifest.CONFIG} or {manifest.WEIGHTS}: export it again"
+        )
+    return BnbScorer(folder / manifest.CONFIG, [folder / name for name in weights], head, threads)

@@ -1,4 +1,4 @@
-"""How a command ends early: errors as sentences and exit codes, signals, and how to go on.
+"""How a command ends early: errors as sentences and exit codes, and signals.
 
 Like the command line itself, it imports only click and the standard library.
 """
@@ -15,14 +15,8 @@ from typing import NoReturn
 
 import click
 
-from ercbatch.errors import (
-    ErcbatchError,
-    OutputError,
-)
+from ercbatch.errors import CLOSED_PIPE, ErcbatchError, OutputError
 from ercbatch.terminal.streams import printable
-
-STOPPED = 75
-CLOSED_PIPE = 141
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ercbatch.bundle import manifest as bundle
+from ercbatch.bundle import manifest
 
 Array = npt.NDArray[np.float32]
 
@@ -277,7 +277,7 @@ def _write_constant(path: Path, name: str, value: npt.NDArray[np.generic]) -> Te
 
 def data_file(folder: Path, size: float) -> Path | None:
     """The file for the constants of a model of `size` bytes; None to keep them in the graph."""
-    return folder / bundle.MODEL_DATA if size >= _MAX_GRAPH_BYTES else None
+    return folder / manifest.MODEL_DATA if size >= _MAX_GRAPH_BYTES else None
 
 
 def add_node(

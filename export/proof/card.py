@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.manifest import BundleInfo
 from ercbatch.bundle.metrics import Calibration, Recommendation
 from ercbatch.terminal.show import METRICS, format_metric
@@ -74,8 +74,8 @@ def write_card(info: BundleInfo, folder: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    (folder / files.CARD).write_text(card(info), encoding="utf-8")
-    (folder / files.CARD_JSON).write_text(card_json(info), encoding="utf-8")
+    (folder / manifest.CARD).write_text(card(info), encoding="utf-8")
+    (folder / manifest.CARD_JSON).write_text(card_json(info), encoding="utf-8")
 
 
 def card_json(info: BundleInfo) -> str:

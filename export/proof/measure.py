@@ -18,7 +18,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer
 from train.datasets import Dataset, file_names, read_dataset
 from train.recipe import Recipe
-from train.run import TrainedRun
+from train.run import LoadedRun
 from train.validate import Predictions, predict
 
 _WARM_UP_DIALOGUES = 4
@@ -30,10 +30,10 @@ Say = Callable[[str], None]
 """Hears, in a few words, what is done next."""
 
 
-class Questions:
+class ProofData:
     """What a run was taught to answer, and the data to hold a bundle of it against."""
 
-    def __init__(self, run: TrainedRun) -> None:
+    def __init__(self, run: LoadedRun) -> None:
         recipe = run.recipe
         self.recipe: Recipe = recipe
         self.wording = recipe.wording
@@ -78,7 +78,7 @@ class Questions:
             for scene in read_dataset(self.sample_source).scenes[:count]
             for tree in renderer.trees(
                 scene.dialogue,
-                [Question(Task.EMOTION, t) for t in range(len(scene.dialogue.utterances))],
+                [Question(Task.EMOTION, t) for t in scene.dialogue.nonblank],
             )
         ]
 
@@ -93,7 +93,7 @@ class Measurement:
     seconds: float
 
 
-def measure(questions: Questions, scorer: Scorer, say: Say) -> list[Measurement]:
+def measure(questions: ProofData, scorer: Scorer, say: Say) -> list[Measurement]:
     """Predict all validation data.
 
     Raises:
@@ -118,7 +118,7 @@ def measure(questions: Questions, scorer: Scorer, say: Say) -> list[Measurement]
     return measured
 
 
-def with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> float:
+def f1_with_demonstrations(engine: Engine, dataset: Dataset, retriever: Retriever) -> float:
     """Weighted F1 of an engine whose questions show demonstrations."""
     demonstrating = replace(
         engine, retriever=retriever.restricted(dataset.labels), demonstrations=_DEMONSTRATIONS

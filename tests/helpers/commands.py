@@ -6,6 +6,7 @@ commands are forked from a server process that has imported the libraries.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_SECONDS = 300
@@ -39,6 +41,13 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
         text=True,
         timeout=_TIMEOUT_SECONDS,
     )
+
+
+def last_line(*arguments: str | Path) -> Any:
+    """Run a module of this project; the JSON value in the last line of its output."""
+    done = python("-m", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _fork(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -61,11 +61,13 @@ def write_sentence_model(folder: Path) -> Path:
             initializer_range=0.1,
         )
     ).save_pretrained(folder)
-    describe(folder, ["Transformer", "Pooling", "Normalize"], {"pooling_mode_mean_tokens": True})
+    write_modules(
+        folder, ["Transformer", "Pooling", "Normalize"], {"pooling_mode_mean_tokens": True}
+    )
     return folder
 
 
-def describe(
+def write_modules(
     folder: Path,
     modules: Sequence[str],
     pooling: dict[str, object],

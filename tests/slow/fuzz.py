@@ -25,7 +25,7 @@ from pathlib import Path
 
 import zstandard
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
@@ -73,13 +73,13 @@ def utterances(count: int, draw: random.Random) -> int:
         AssertionError: one changed what is not its own.
     """
     info = open_bundle(find_bundle("mini")).info
-    tokenizer = SegmentTokenizer.from_file(find_bundle("mini") / files.TOKENIZER, info.controls)
+    tokenizer = SegmentTokenizer.from_file(find_bundle("mini") / manifest.TOKENIZER, info.controls)
     controls = {*info.controls.start, *info.controls.separator, *info.controls.answer}
     window = Window(max_tokens=4096, max_utterance_tokens=400)
     labels = info.label_sets[0].labels
     renderers = [Renderer(tokenizer, template(n), window, labels) for n in ("paper", "compact")]
     others = [Utterance("it is gone", "a"), Utterance("what is?", "b"), Utterance("oh no", "a")]
-    mark = list(tokenizer.content(_MARK, 400))
+    mark = list(tokenizer.encode_content(_MARK, 400))
     asked = 0
     for number in range(count):
         said = text(draw)
@@ -96,7 +96,7 @@ def utterances(count: int, draw: random.Random) -> int:
             )
             for words in (said, _MARK)
         )
-        content = tokenizer.content(renderer.template.quote(said), 400, both_ends=True)
+        content = tokenizer.encode_content(renderer.template.quote(said), 400, both_ends=True)
         assert not controls & set(content), (said, content)
         expected: list[int] = []
         at = 0
@@ -195,7 +195,7 @@ def journal(seconds: float, draw: random.Random) -> int:
     return number
 
 
-def manifest(seconds: float, draw: random.Random) -> int:
+def manifests(seconds: float, draw: random.Random) -> int:
     """Manifests with other bytes beside a complete output, and a run that is to go on with it."""
     from ercbatch.labeler import Labeler
 
@@ -221,7 +221,12 @@ def manifest(seconds: float, draw: random.Random) -> int:
 
 def main() -> None:
     """Run one of them."""
-    kinds = {"utterances": utterances, "records": records, "journal": journal, "manifest": manifest}
+    kinds = {
+        "utterances": utterances,
+        "records": records,
+        "journal": journal,
+        "manifest": manifests,
+    }
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.slow.fuzz")
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("much", type=int, help="number of utterances, or seconds")

@@ -30,7 +30,7 @@ from typing import Any
 
 import onnx
 
-from ercbatch.bundle import manifest as files
+from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle, open_bundle, with_digest
 from ercbatch.errors import ErcbatchError
 from ercbatch.labeler import smoke_test
@@ -207,7 +207,7 @@ WRITTEN: tuple[Mutation, ...] = (
 
 def sign(folder: Path) -> None:
     """Write the digests and sizes of all listed files anew, and the description's own."""
-    path = folder / files.MANIFEST
+    path = folder / manifest.MANIFEST
     try:
         value = json.loads(path.read_bytes())
         for name, told in value["files"].items():
