@@ -274,7 +274,7 @@ def main(
         "texts": texts.name if texts else "invented",
         "dim": corpus.vectors.shape[1],
         "queries": queries,
-        "at_once": RETRIEVED_TOGETHER,
+        "retrieved_together": RETRIEVED_TOGETHER,
         "threads": 1,
         "rounds": rounds,
         "versions": versions,

@@ -25,7 +25,7 @@ from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError
 from ercbatch.terminal.stopping import errors
 from train.fit import FitOptions, fit_recipe
-from train.recipe import Recipe, Source, distinct_names, read_recipe
+from train.recipe import Recipe, Source, read_recipe, source_names
 from train.run import DESCRIPTION
 
 Variants = Mapping[str, Recipe]
@@ -83,7 +83,7 @@ def lora_vs_full(recipe: Recipe) -> Variants:
 def scaling(recipe: Recipe) -> Variants:
     """1 to 1/64 of the data: of each dataset alone, and of all by either way of mixing."""
     variants = {}
-    names = distinct_names(recipe.train)
+    names = source_names(recipe.train)
     for parts in (1, 2, 4, 8, 16, 32, 64):
         part = replace(recipe, fraction=recipe.fraction / parts)
         for name, source in zip(names, recipe.train, strict=True):
@@ -125,7 +125,7 @@ def transfer(recipe: Recipe) -> Variants:
     recipe = replace(recipe, valid=unified(recipe.valid), test=unified(recipe.test))
     return {
         f"from {name}": replace(recipe, train=(source,))
-        for name, source in zip(distinct_names(recipe.train), unified(recipe.train), strict=True)
+        for name, source in zip(source_names(recipe.train), unified(recipe.train), strict=True)
     }
 
 

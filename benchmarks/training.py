@@ -135,7 +135,7 @@ def measure(
     stage = recipe.stages[-1]
     packed, _, tokenizer = load_trainable(recipe, device, bfloat16=bf16)
     sampler = Sampler(
-        recipe, [read_dataset(s, labelled=False) for s in recipe.train], tokenizer, {}
+        recipe, [read_dataset(s, need_targets=False) for s in recipe.train], tokenizer, {}
     )
     epoch = sampler.epoch(1, stage.tasks)
     chosen: Iterator[Step] = (epoch[i].to(device) for i in range(min(steps, len(epoch))))

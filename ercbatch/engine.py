@@ -26,7 +26,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer, calibrated
 
 T = TypeVar("T")
-R = TypeVar("R")
+_R = TypeVar("R")
 Answer = tuple[int, int, npt.NDArray[np.float64]]
 """(number of the item, utterance, probabilities [labels])."""
 
@@ -40,7 +40,7 @@ _CHUNK_BYTES = 4 << 20
 """A chunk ends with the item at which its input lines reach this size."""
 
 
-def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
+def _prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
     """Run an iterable in a thread, at most `depth` items ahead; its errors are raised here."""
     items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -80,13 +80,15 @@ def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
         thread.join(timeout=0.2)  # unless it waits for input
 
 
-def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Generator[R, None, None]:
+def in_order(
+    act: Callable[[T], _R], source: Iterable[T], threads: int
+) -> Generator[_R, None, None]:
     """`act` on each item in one of some threads; the results in the order of the items.
 
     The caller's thread only waits, for signals are handled in no other.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
-    futures: deque[Future[R]] = deque()
+    futures: deque[Future[_R]] = deque()
     wait = True
     ahead = threads if threads > 1 else 0  # one waits, so that no thread does
     try:
@@ -172,7 +174,7 @@ class Engine:
         """
         pending: dict[int, Entry[T]] = {}
         next_number = written
-        packs = prefetch(self._steps(items, written), _PREFETCHED_PACKS)
+        packs = _prefetch(self._steps(items, written), _PREFETCHED_PACKS)
         for entries, answers in in_order(self._answer, packs, self.scorer.parallel_packs):
             for entry in entries:
                 pending[next_number] = entry

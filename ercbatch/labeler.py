@@ -21,7 +21,7 @@ from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
 from ercbatch.retrieval.retriever import open_retriever
-from ercbatch.scoring.runtimes import AUTO, choose_runtime, open_scorer
+from ercbatch.scoring.runtimes import AUTO, check_runtime, open_scorer
 from ercbatch.scoring.sessions import available_threads
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class Labeler:
                 "at past, or train with later_turns in the recipe"
             )
         self.bundle = opened
-        self.runtime = choose_runtime(opened, runtime)
+        check_runtime(opened, runtime)
         self.labels = info.label_set(label_set)
         self._min_confidence = min_confidence
         self._scores = scores

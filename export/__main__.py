@@ -19,13 +19,20 @@ def main() -> None:
 @main.command("encoder")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "fp32"]),
+    default="int8",
+    show_default=True,
+    help="Weights: int8, or float32, which takes four times as much room.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
-def encoder_(source: Path, output: Path, force: bool) -> None:
-    """Export a sentence-transformers model, or a plain encoder, quantized."""
+def encoder_(source: Path, output: Path, quantize: str, force: bool) -> None:
+    """Export a sentence-transformers model, or a plain encoder."""
     from export.encoder import export_encoder
 
     with errors(), stoppable():
-        export_encoder(source, output, force=force)
+        export_encoder(source, output, quantize=quantize == "int8", force=force)
 
 
 @main.command()

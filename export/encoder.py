@@ -133,14 +133,17 @@ def _compare(source: str | Path, folder: Path, expected: _Vectors, least: float)
         UsageError: a cosine is below `least`, or labelling does not take the graph.
     """
     mend = "choose another sentence encoder"
+    if least == _LEAST_INT8:
+        mend += ", or give --quantize fp32"
     try:
         encoder = SentenceEncoder(folder / manifest.ENCODER, folder / manifest.ENCODER_TOKENIZER)
-        found = encoder.encode(_CHECKED)
+        embeddings = encoder.encode(_CHECKED)
     except BundleError as error:
         raise UsageError(f"{source}: labelling cannot run its graph ({error}): {mend}") from error
-    if found.shape != expected.shape:
-        raise UsageError(f"{source}: its graph gives {found.shape}, not {expected.shape}: {mend}")
-    lowest = float((found * expected).sum(axis=1).min())
+    if embeddings.shape != expected.shape:
+        shapes = f"{embeddings.shape}, not {expected.shape}"
+        raise UsageError(f"{source}: its graph gives {shapes}: {mend}")
+    lowest = float((embeddings * expected).sum(axis=1).min())
     if not lowest >= least:  # nor is it NaN
         raise UsageError(
             f"{source}: a sentence has another embedding in the graph than in sentence-transformers"

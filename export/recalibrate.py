@@ -27,7 +27,7 @@ from export.proof.calibration import (
 from export.proof.card import write_card
 from export.proof.losses import UNCOMPARED, UNMEASURED
 from export.proof.measure import f1_with_demonstrations
-from train.datasets import Dataset, file_names, read_dataset
+from train.datasets import Dataset, dataset_names, read_dataset
 from train.recipe import Source
 from train.validate import Predictions, predict
 
@@ -151,7 +151,9 @@ def _quality(
         labels: deque(calibrated.predictions) for labels, calibrated in calibration.items()
     }
     quality = []
-    for name, dataset, (labels, raw) in zip(file_names(datasets), datasets, predicted, strict=True):
+    for name, dataset, (labels, raw) in zip(
+        dataset_names(datasets), datasets, predicted, strict=True
+    ):
         offsets = info.offsets(dataset.labels)
         scaling = Scaling(info.temperatures.get(labels, 1.0), offsets)
         weight, predictions = 0.0, scaled(raw, scaling)

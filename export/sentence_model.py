@@ -137,16 +137,20 @@ def _check_weights(model: SentenceTransformer, folder: Path) -> None:
         UsageError: it lacks some.
     """
     transformer = model[0].auto_model
-    _, found = type(transformer).from_pretrained(
+    _, loading_info = type(transformer).from_pretrained(
         folder,
         config=transformer.config,
         use_safetensors=True,
         device_map="meta",
         output_loading_info=True,
     )
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    missing = sorted(
+        name for name in loading_info["missing_keys"] if not name.startswith("pooler.")
+    )
     if missing:
-        raise UsageError(f"{folder}: its weights lack {', '.join(missing[:3])}: get it again")
+        raise UsageError(
+            f"{folder}: its weights lack {', '.join(sorted(missing)[:3])}: get it again"
+        )
     if hasattr(transformer, "pooler"):
         transformer.pooler = None
 
@@ -209,7 +213,7 @@ def _around_texts(
 
     None where they depend on the sample, or it has other tokens than `prompting` gives it.
     """
-    found: list[tuple[list[int], list[int]]] = []
+    around: list[tuple[list[int], list[int]]] = []
     for text in samples:
         whole = tokenizer.encode(prompt + text).ids
         alone = prompting.encode(text, add_special_tokens=False).ids
@@ -217,8 +221,8 @@ def _around_texts(
         start = next((i for i in places if whole[i : i + len(alone)] == alone), None)
         if start is None:
             return None
-        found.append((whole[:start], whole[start + len(alone) :]))
-    return found[0] if all(around == found[0] for around in found) else None
+        around.append((whole[:start], whole[start + len(alone) :]))
+    return around[0] if all(pair == around[0] for pair in around) else None
 
 
 def _template(

@@ -86,7 +86,7 @@ def test_the_command_says_what_it_compared(bundle_folder: Path) -> None:
         *("--trials", "3", "--demos", "1"),
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["trials"] == 3
-    assert told["utterances_compared"] >= 6
-    assert told["other_labels"] == 0
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert metrics["trials"] == 3
+    assert metrics["utterances_compared"] >= 6
+    assert metrics["other_labels"] == 0

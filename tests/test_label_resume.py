@@ -241,13 +241,13 @@ def test_resume_of_a_complete_run_does_nothing(bundle_folder: Path, tmp_path: Pa
         assert refused.returncode == 2
         assert words in refused.stderr
     manifest = tmp_path / "out.jsonl.manifest.json"
-    told = manifest.read_text()
-    for odd in ("[" * 100_000, told.replace('"past"', "[" * 900 + "]" * 900), "{}", ""):
+    text = manifest.read_text()
+    for odd in ("[" * 100_000, text.replace('"past"', "[" * 900 + "]" * 900), "{}", ""):
         manifest.write_text(odd)
         refused = cli(*asked)
         assert refused.returncode == 2, refused.stderr
         assert "Traceback" not in refused.stderr
-    manifest.write_text(told)
+    manifest.write_text(text)
     out.write_text("mine")
     refused = cli(*asked)
     assert (refused.returncode, out.read_text()) == (2, "mine")

@@ -154,9 +154,9 @@ def test_killed_training_resumes_to_the_same_metrics(bert: Path, tmp_path: Path)
             if state.exists() and state.stat().st_mtime_ns > before:
                 process.send_signal(number)
                 break
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == code, told
-    command = told.split("to go on: ")[1].strip()
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == code, stderr
+    command = stderr.split("to go on: ")[1].strip()
     assert command == " ".join(["python", *fit[1:], "--resume"])
 
     done = python(*fit[1:])
@@ -269,8 +269,8 @@ def test_two_processes_share_the_steps(bert: Path, tmp_path: Path) -> None:
     while process.poll() is None and not (broken / "state.pt").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert "torchrun --nproc_per_node 2 -m train fit" in told
+    stderr = process.communicate(timeout=60)[1]
+    assert "torchrun --nproc_per_node 2 -m train fit" in stderr
     done = python(*fit[1:], "--resume", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     weights = "adapter/adapter_model.safetensors"

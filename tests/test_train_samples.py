@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES, write_model
-from helpers.commands import ROOT, python
+from helpers.commands import python
 from helpers.gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ from ercbatch.scoring.checkpoints import load_causal_lm
 from train.datasets import Dataset, Scene, read_dataset, without_overlap
 from train.dropout import dropout_settings
 from train.model import load_trainable
-from train.recipe import Recipe, Source, distinct_names, read_recipe
+from train.recipe import Recipe, Source, read_recipe, source_names
 from train.run import load_run
 from train.samples import Sampler
 
@@ -127,14 +127,6 @@ def test_data_without_dialogues_or_labels_is_refused(tmp_path: Path) -> None:
             read_dataset(Source(str(data), "meld"))
 
 
-def test_the_runtime_imports_neither_train_nor_export() -> None:
-    for path in (ROOT / "ercbatch").glob("*.py"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            words = line.split()
-            if words[:1] in (["import"], ["from"]):
-                assert words[1].split(".")[0] not in ("train", "export"), path
-
-
 def test_dialogues_that_share_a_long_line_with_validation_are_left_out() -> None:
     def dataset(*texts: str) -> Dataset:
         scenes = tuple(Scene(Dialogue((Utterance(text),)), (None,)) for text in texts)
@@ -164,9 +156,9 @@ def test_trained_weights_are_float32_whatever_the_base_has(bert: Path, tmp_path:
             assert frozen == {torch.bfloat16 if bfloat16 else torch.float32}
 
 
-def test_datasets_get_the_shortest_distinct_names() -> None:
+def test_datasets_get_the_shortest_source_names() -> None:
     def names(*paths: str) -> list[str]:
-        return distinct_names([Source(path, "meld") for path in paths])
+        return source_names([Source(path, "meld") for path in paths])
 
     assert names("a/one.jsonl", "b/two.jsonl") == ["one", "two"]
     assert names("a/dev.jsonl", "b/dev.jsonl") == ["a/dev", "b/dev"]

@@ -13,7 +13,7 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.errors import InputError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labels import LabelSet, find_label_set
-from train.recipe import Recipe, Source, distinct_names
+from train.recipe import Recipe, Source, source_names
 
 Target = npt.NDArray[np.float32]
 """What an utterance should be answered with: a probability for each label [labels]."""
@@ -60,9 +60,9 @@ class Dataset:
 
 
 def read_dataset(
-    source: Source, labels: LabelSet | None = None, *, labelled: bool = True
+    source: Source, labels: LabelSet | None = None, *, need_targets: bool = True
 ) -> Dataset:
-    """Read a dataset; one without any label too, unless it should be `labelled`.
+    """Read a dataset; with `need_targets`, one in which an utterance has a label or scores.
 
     `labels` stand in place of the label set that `source` names.
 
@@ -79,7 +79,7 @@ def read_dataset(
     if not scenes:
         raise InputError(f"{source.path}: no dialogue in it: give labelled dialogues")
     dataset = Dataset(source, labels, tuple(scenes))
-    if labelled and not dataset.has_targets:
+    if need_targets and not dataset.has_targets:
         raise InputError(
             f"{source.path}: no utterance has a `label`: training needs labelled dialogues"
         )
@@ -153,7 +153,7 @@ def _scores(value: object, labels: LabelSet, place: str) -> Target:
     return scores
 
 
-def file_names(datasets: Sequence[Dataset]) -> list[str]:
+def dataset_names(datasets: Sequence[Dataset]) -> list[str]:
     """A short name of each dataset's file, different among the datasets of one label set.
 
     Raises:
@@ -162,7 +162,7 @@ def file_names(datasets: Sequence[Dataset]) -> list[str]:
     names: dict[tuple[str, str], str] = {}
     for labels in {d.labels.name for d in datasets}:
         sources = [d.source for d in datasets if d.labels.name == labels]
-        pairs = zip(sources, distinct_names(sources), strict=True)
+        pairs = zip(sources, source_names(sources), strict=True)
         names |= {(labels, source.path): name for source, name in pairs}
     return [names[d.labels.name, d.source.path] for d in datasets]
 

@@ -256,9 +256,9 @@ def _silent(_text: str) -> None:
 def _read_data(recipe: Recipe, report: Callable[[str], None]) -> _Data:
     speakers = Task.SPEAKER.value in recipe.tasks
     emotions = any(task is not Task.SPEAKER for stage in recipe.stages for task in stage.tasks)
-    datasets = [read_dataset(source, labelled=not speakers) for source in recipe.train]
+    datasets = [read_dataset(source, need_targets=not speakers) for source in recipe.train]
     valid, test = (
-        [read_dataset(source, labelled=emotions) for source in sources]
+        [read_dataset(source, need_targets=emotions) for source in sources]
         for sources in (recipe.valid, recipe.test)
     )
     for dataset in (*valid, *test):

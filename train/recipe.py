@@ -79,7 +79,7 @@ class Source:
         return self.leave_out is not None and number % self.leave_out[1] == self.leave_out[0]
 
 
-def distinct_names(sources: Sequence[Source]) -> list[str]:
+def source_names(sources: Sequence[Source]) -> list[str]:
     """What to call datasets: as short an end of their paths as tells them apart.
 
     Raises:

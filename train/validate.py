@@ -17,7 +17,7 @@ from ercbatch.prompts.tree import Renderer, Task, speaker_numbers
 from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
-from train.datasets import Dataset, Scene, file_names
+from train.datasets import Dataset, Scene, dataset_names
 from train.recipe import Recipe
 from train.samples import speaker_questions
 
@@ -108,7 +108,7 @@ class Validation:
         self._retrievers = retrievers or {}
         self._datasets = [
             (name, d, Renderer(tokenizer, wording, recipe.window, d.labels.labels))
-            for name, d in zip(distinct_dataset_names(datasets), datasets, strict=True)
+            for name, d in zip(dataset_titles(datasets), datasets, strict=True)
         ]
 
     def metrics(self, tasks: Collection[Task]) -> dict[str, dict[str, float]]:
@@ -133,10 +133,10 @@ class Validation:
         return metrics
 
 
-def distinct_dataset_names(datasets: Sequence[Dataset]) -> list[str]:
+def dataset_titles(datasets: Sequence[Dataset]) -> list[str]:
     """The label set of each; with the file's name where several have it."""
     sets = [d.labels.name for d in datasets]
     return [
         name if sets.count(name) == 1 else f"{name} ({file})"
-        for name, file in zip(sets, file_names(datasets), strict=True)
+        for name, file in zip(sets, dataset_names(datasets), strict=True)
     ]

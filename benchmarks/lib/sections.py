@@ -180,7 +180,7 @@ def retrieval(metrics: Metrics, path: Path) -> list[str]:
     page_lines = [
         *link(path, "recall and speed of retrieval by the size of the bank"),
         f"Texts {metrics['texts']}, {metrics['dim']} dimensions, {metrics['queries']} queries, "
-        f"{metrics['at_once']} at once, one thread; speeds with three results each. "
+        f"{metrics['retrieved_together']} at once, one thread; speeds with three results each. "
         + ", ".join(f"{name} {release}" for name, release in metrics["versions"].items())
         + ".",
         "",

@@ -21,17 +21,15 @@ _BATCH_TOKENS = 512
 class SentenceEncoder:
     """Texts to unit vectors; pooling and normalization are in the graph."""
 
-    def __init__(
-        self, model: Path, tokenizer: Path, *, threads: int = 1, max_tokens: int = MAX_TOKENS
-    ) -> None:
+    def __init__(self, model: Path, tokenizer: Path, *, threads: int = 1) -> None:
         self._path = model
         self._session = open_session(model, threads)
         self._tokenizer = load_tokenizer(tokenizer)
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_tokens)
+        self._tokenizer.enable_truncation(MAX_TOKENS)
         # "[SEP]" in a text is five characters, not the end of the sentence.
         self._tokenizer.encode_special_tokens = True
-        self._max_characters = CHARACTERS_PER_TOKEN * max_tokens
+        self._max_characters = CHARACTERS_PER_TOKEN * MAX_TOKENS
         self.dim = len(self._run([[0]])[0])
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

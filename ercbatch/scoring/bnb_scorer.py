@@ -41,7 +41,7 @@ bnb = import_bitsandbytes()
 
 NF4_BLOCK = 64
 """Weights that share a scale in NF4: bitsandbytes' default."""
-NF4_STATE = "quant_state.bitsandbytes__nf4"
+_NF4_STATE = "quant_state.bitsandbytes__nf4"
 """What stands beside a weight that is NF4."""
 INT8_SCALES = "SCB"
 """What stands beside a weight that is int8: a scale for each output."""
@@ -143,7 +143,7 @@ def load_quantized(
     quantized = set()
     for name, matrix in quantizable(model).items():
         weight = f"{name}.weight"
-        if f"{weight}.{NF4_STATE}" in tensors:
+        if f"{weight}.{_NF4_STATE}" in tensors:
             parts = {k: tensors.pop(k) for k in list(tensors) if k.startswith(f"{weight}.")}
             state = {k.removeprefix(f"{weight}."): tensor for k, tensor in parts.items()}
             linear = _nf4(matrix, tensors.pop(weight), state)

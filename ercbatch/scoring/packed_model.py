@@ -163,7 +163,7 @@ class PackedModel(nn.Module):
     def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Logits [reads, tokens] of those vocabulary ids."""
         bias = None if self.head.bias is None else self.head.bias[tokens]
-        scale, softcap = logit_transform(self.model.config.get_text_config())
+        scale, softcap = _logit_transform(self.model.config.get_text_config())
         logits = nn.functional.linear(states, self.head.weight[tokens].to(states.dtype), bias)
         logits = logits * scale
         return torch.tanh(logits / softcap) * softcap if softcap else logits
@@ -175,11 +175,11 @@ class PackedModel(nn.Module):
         bias = np.zeros(len(ids), dtype=np.float32)
         if self.head.bias is not None:
             bias = self.head.bias.detach()[ids].float().cpu().numpy()
-        scale, softcap = logit_transform(self.model.config.get_text_config())
+        scale, softcap = _logit_transform(self.model.config.get_text_config())
         return AnswerHead(np.array(ids, dtype=np.int64), weight, bias, scale, softcap)
 
 
-def logit_transform(config: Any) -> tuple[float, float]:
+def _logit_transform(config: Any) -> tuple[float, float]:
     """(scale, softcap) that an architecture applies to its logits; softcap 0 is none."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)

@@ -20,11 +20,11 @@ from ercbatch.scoring.standard_scorer import StandardScorer
 AUTO = "auto"
 
 
-def choose_runtime(bundle: Bundle, runtime: str) -> str:
-    """`onnx` or `bnb`; `auto` is the one that the bundle's form is for.
+def check_runtime(bundle: Bundle, runtime: str) -> None:
+    """Check that a bundle's form is for a runtime: `onnx`, `bnb`, or `auto` for either.
 
     Raises:
-        UsageError: the bundle's form is not for this runtime.
+        UsageError: it is not.
     """
     form = bundle.info.form
     form_runtime = RUNTIMES[form]
@@ -34,7 +34,6 @@ def choose_runtime(bundle: Bundle, runtime: str) -> str:
             f"bundle {bundle.info.name!r} is {form}, which the runtime {form_runtime} runs: leave "
             f"--runtime at {AUTO}, or export with --quantize {forms}"
         )
-    return form_runtime
 
 
 def open_scorer(bundle: Bundle, threads: int) -> Scorer:

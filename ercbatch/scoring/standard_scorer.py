@@ -20,7 +20,7 @@ from ercbatch.prompts.tree import IntArray
 from ercbatch.scoring.scorer import Scorer
 from ercbatch.scoring.sessions import LONGEST_PACK, open_session, run_session
 
-BATCH_TOKENS = 512
+_BATCH_TOKENS = 512
 """Tokens of a batch, padding included; a longer prompt is a batch of its own.
 
 Short prompts together save calls; more than this was slower, not faster, on a CPU. And the graph
@@ -75,7 +75,7 @@ class StandardScorer(Scorer):
         """See `Scorer.logits`."""
         prompts = separate(pack)
         rows = np.empty((len(prompts), len(self.head.tokens)), dtype=np.float32)
-        for batch in batches([len(prompt) for prompt in prompts], BATCH_TOKENS):
+        for batch in batches([len(prompt) for prompt in prompts], _BATCH_TOKENS):
             tokens = np.zeros((len(batch), len(prompts[batch[-1]])), dtype=np.int64)
             for row, prompt in zip(tokens, (prompts[i] for i in batch), strict=True):
                 row[: len(prompt)] = prompt

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from export.graph.nodes import Graph
 
-OPSET = 17
+_OPSET = 17
 
 Axes = Mapping[str, Mapping[int, str]]
 """Input or output -> its dynamic axes."""
@@ -83,7 +83,7 @@ def trace(
                 input_names=[*inputs, *weights],
                 output_names=list(outputs),
                 dynamic_axes={**inputs, **outputs},
-                opset_version=OPSET,
+                opset_version=_OPSET,
                 dynamo=False,
                 export_params=False,
                 do_constant_folding=False,

@@ -22,7 +22,7 @@ _FOLDS = 5
 _DRAWS = 200
 _SHRINKAGE = 4.0
 """Penalty on the offsets' squares in `fit_label_shift`. docs/results.md compares other values."""
-PRECISIONS = (0.8, 0.9, 0.95)
+_PRECISIONS = (0.8, 0.9, 0.95)
 """For which a least confidence is recommended."""
 _MIN_ANSWERED = 30
 """Utterances above a least confidence, at least, for its precision to be told."""
@@ -99,7 +99,7 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
             error_after=_error(after, gold),
             error_if_perfect=_perfect_error(after),
             coverage=coverage_points(after.max(1), right),
-            recommended=tuple(recommend(after.max(1), right, p) for p in PRECISIONS),
+            recommended=tuple(recommend(after.max(1), right, p) for p in _PRECISIONS),
         ),
         [
             replace(p, probabilities=part)

@@ -16,7 +16,7 @@ from ercbatch.prompts.packs import Pack, join
 from ercbatch.prompts.tree import Question, Renderer, Task
 from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer
-from train.datasets import Dataset, file_names, read_dataset
+from train.datasets import Dataset, dataset_names, read_dataset
 from train.recipe import Recipe
 from train.run import LoadedRun
 from train.validate import Predictions, predict
@@ -37,7 +37,9 @@ class ProofData:
         recipe = run.recipe
         self.recipe: Recipe = recipe
         self.wording = recipe.wording
-        taught_sources = [s for s in recipe.train if read_dataset(s, labelled=False).has_targets]
+        taught_sources = [
+            s for s in recipe.train if read_dataset(s, need_targets=False).has_targets
+        ]
         if not taught_sources:
             raise UsageError("the run has learnt no labels: there is nothing to label with")
         sets = {source.labels: source.label_set() for source in taught_sources}
@@ -62,7 +64,7 @@ class ProofData:
                     f"{dataset.source.path}: the run has not learnt the labels of "
                     f"{dataset.labels.name}: a bundle is measured on labels that it has"
                 )
-        self.held_out = tuple(zip(file_names(held_out), held_out, strict=True))
+        self.held_out = tuple(zip(dataset_names(held_out), held_out, strict=True))
         """(name, dataset) of the validation data."""
 
     def engine(self, scorer: Scorer, dataset: Dataset) -> Engine:

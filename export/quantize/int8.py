@@ -34,10 +34,10 @@ from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 
 SMALLEST_TABLE = 1 << 16
 """Lookup tables of fewer elements stay as they are: there is little to save."""
-FLOAT_COLUMNS = 2
+_FLOAT_COLUMNS = 2
 """Most input channels of a product that keep float32 weights. On all-MiniLM-L6-v2, embeddings have
 a mean cosine with the float32 ones of 0.993 with none, 0.998 with 2, and no more with 16."""
-OUTLIER = 4.0
+_OUTLIER = 4.0
 """A channel counts as one when its peak is this many times the median channel's."""
 _INT8, _SCALE, _COLUMNS = "_int8", "_scale", "_columns"
 """What the names of a weight's quantized parts end with: int8 values, the scales of its channels,
@@ -269,5 +269,5 @@ def _input_size(graph: Graph, product: Product) -> int:
 
 def _outliers(peaks: Array) -> npt.NDArray[np.int64]:
     """The channels that reach far higher than most, in order."""
-    highest = np.argsort(-peaks, kind="stable")[:FLOAT_COLUMNS]
-    return np.sort(highest[peaks[highest] > OUTLIER * np.median(peaks)])
+    highest = np.argsort(-peaks, kind="stable")[:_FLOAT_COLUMNS]
+    return np.sort(highest[peaks[highest] > _OUTLIER * np.median(peaks)])

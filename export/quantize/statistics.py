@@ -12,7 +12,7 @@ from torch import nn
 
 from export.graph.nodes import Array
 
-ROWS_PER_CHANNEL = 2
+_ROWS_PER_CHANNEL = 2
 """Sample rows for each input channel, at least, for the samples to guide the rounding of weights.
 Fewer would fit the weights to those rows alone."""
 
@@ -46,7 +46,7 @@ class Statistics:
     @property
     def sufficient(self) -> bool:
         """Whether the correlation says something of rows that were not seen."""
-        return self.rows >= ROWS_PER_CHANNEL * len(self.peaks)
+        return self.rows >= _ROWS_PER_CHANNEL * len(self.peaks)
 
 
 Sampler = Callable[[Sequence[str]], Mapping[str, Statistics]]

@@ -43,11 +43,12 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def last_line(*arguments: str | Path) -> Any:
-    """Run a module of this project; the JSON value in the last line of its output."""
+def last_line(*arguments: str | Path) -> dict[str, Any]:
+    """Run a module of this project; the JSON object in the last line of its output."""
     done = python("-m", *arguments)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return value
 
 
 def _fork(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -210,9 +210,9 @@ def sign(folder: Path) -> None:
     path = folder / manifest.MANIFEST
     try:
         value = json.loads(path.read_bytes())
-        for name, told in value["files"].items():
+        for name, entry in value["files"].items():
             data = (folder / name).read_bytes()
-            told["sha256"], told["size"] = sha256(data).hexdigest(), len(data)
+            entry["sha256"], entry["size"] = sha256(data).hexdigest(), len(data)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return  # what lists them is itself what was changed
     _rewrite(path, json.dumps(with_digest(value)).encode())
