@@ -221,7 +221,7 @@ def _say(text: str) -> None:
     "--variant", "selected", multiple=True, metavar="NAME", help="Only this variant; repeatable."
 )
 @click.option("--bf16/--no-bf16", default=None)
-def main(
+def main(  # click passes a parameter for each option
     name: str,
     recipe_file: Path,
     output: Path,

@@ -327,7 +327,7 @@ def _engines(_: click.Context, __: click.Parameter, value: str | None) -> list[s
 @click.option("--rounds", "count", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--dialogues", type=click.IntRange(1), help="Of INPUT at most; default: all.")
 @click.option("--reuse", is_flag=True, help="Take bundles that an earlier run has left in WORK.")
-def main(
+def main(  # click passes a parameter for each option
     work: Path,
     source: Path,
     peers: Path | None,

@@ -26,7 +26,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.scorer import Scorer, calibrated
 
 T = TypeVar("T")
-_R = TypeVar("R")
+R = TypeVar("R")
 Answer = tuple[int, int, npt.NDArray[np.float64]]
 """(number of the item, utterance, probabilities [labels])."""
 
@@ -80,15 +80,13 @@ def _prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
         thread.join(timeout=0.2)  # unless it waits for input
 
 
-def in_order(
-    act: Callable[[T], _R], source: Iterable[T], threads: int
-) -> Generator[_R, None, None]:
+def in_order(act: Callable[[T], R], source: Iterable[T], threads: int) -> Generator[R, None, None]:
     """`act` on each item in one of some threads; the results in the order of the items.
 
     The caller's thread only waits, for signals are handled in no other.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ercbatch-score")
-    futures: deque[Future[_R]] = deque()
+    futures: deque[Future[R]] = deque()
     wait = True
     ahead = threads if threads > 1 else 0  # one waits, so that no thread does
     try:

@@ -245,38 +245,6 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_tested(
     assert any(name.startswith(str(bert)) for name in run["files"])
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_steps(bert: Path, tmp_path: Path) -> None:
-    path, run = write_recipe(tmp_path, bert, packs_per_step=1, epochs=6), tmp_path / "run"
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    done = python(*launch, "train", "fit", path, "-o", run, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    alone = python("-m", "train", "fit", path, "-o", tmp_path / "alone")
-    assert alone.returncode == 0, alone.stderr
-    ours, theirs = figures(run), figures(tmp_path / "alone")
-    assert [e["stage"] for e in ours] == [e["stage"] for e in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert 0.4 < mine["tokens"] / other["tokens"] < 0.7
-    assert done.stderr.count("epoch 7/7: ") == 1
-
-    # Stopped and resumed, each goes on with its own dropout.
-    broken = tmp_path / "broken"
-    fit = [sys.executable, *launch, "train", "fit", str(path), "-o", str(broken)]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        [*fit, "--save-every", "0"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not (broken / "state.pt").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert "torchrun --nproc_per_node 2 -m train fit" in stderr
-    done = python(*fit[1:], "--resume", ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    weights = "adapter/adapter_model.safetensors"
-    assert (broken / weights).read_bytes() == (run / weights).read_bytes()
-
-
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -> None:
     base = write_model(tmp_path, kind)
