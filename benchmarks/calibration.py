@@ -28,7 +28,7 @@ from export.proof.calibration import (
     scaled,
 )
 from train.datasets import read_dataset
-from train.recipe import Source
+from train.sources import Source
 from train.validate import Predictions, predict
 
 

@@ -33,7 +33,8 @@ from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.sessions import available_threads
 from ercbatch.terminal.stopping import errors
 from train.datasets import Dataset, read_dataset
-from train.recipe import Recipe, Source, read_recipe
+from train.recipe import Recipe, read_recipe
+from train.sources import Source
 from train.validate import predict
 
 Rewrite = Callable[[str], str]

@@ -25,8 +25,9 @@ from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError
 from ercbatch.terminal.stopping import errors
 from train.fit import FitOptions, fit_recipe
-from train.recipe import Recipe, Source, read_recipe, source_names
+from train.recipe import Recipe, read_recipe
 from train.run import DESCRIPTION
+from train.sources import Source, source_names
 
 Variants = Mapping[str, Recipe]
 

@@ -37,8 +37,8 @@ from export.proof.card import write_card
 from export.proof.losses import UNMEASURED, LossLimits, compare, losses
 from export.proof.measure import Measurement, ProofData, Say, f1_with_demonstrations, measure
 from export.quantize.targets import SAFE_TARGET
-from train.recipe import Source
 from train.run import LoadedRun, load_run, run_files, untrained_run, wrap_model_errors
+from train.sources import Source
 
 _OTHER_FORM = (
     "choose another --quantize, or allow it by --max-loss, --min-agreement or --accept-loss"

@@ -28,7 +28,7 @@ from export.proof.card import write_card
 from export.proof.losses import UNCOMPARED, UNMEASURED
 from export.proof.measure import f1_with_demonstrations
 from train.datasets import Dataset, dataset_names, read_dataset
-from train.recipe import Source
+from train.sources import Source
 from train.validate import Predictions, predict
 
 

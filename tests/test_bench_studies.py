@@ -12,7 +12,8 @@ from helpers.commands import python
 
 from benchmarks.studies import STUDIES
 from ercbatch.errors import UsageError
-from train.recipe import Recipe, Source, read_recipe
+from train.recipe import Recipe, read_recipe
+from train.sources import Source
 
 pytestmark = pytest.mark.transformers
 

@@ -17,7 +17,8 @@ from ercbatch.prompts.tree import Question, Renderer, Task, Window
 from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.packed_model import PackedModel, collate
 from train.adapter import add_lora
-from train.recipe import Recipe, Source
+from train.recipe import Recipe
+from train.sources import Source
 
 pytestmark = pytest.mark.transformers
 

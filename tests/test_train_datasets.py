@@ -11,7 +11,7 @@ import pytest
 from ercbatch.errors import UsageError
 from ercbatch.labels import label_set
 from train.datasets import one_hot, read_dataset
-from train.recipe import Source
+from train.sources import Source
 
 
 def test_labels_are_learnt_under_another_set(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ from ercbatch.scoring.packed_model import PackedModel
 from train.datasets import Scene, one_hot, read_dataset, share
 from train.loop import Fitting, Hooks, Objective
 from train.model import load_trainable
-from train.recipe import Source
 from train.run import load_run
 from train.samples import Sampler, TrainingBank
+from train.sources import Source
 from train.validate import Validation
 
 pytestmark = pytest.mark.transformers

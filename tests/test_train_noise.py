@@ -8,7 +8,8 @@ import pytest
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
 from train.noise import hurried, rewritten, transcribed
-from train.recipe import Recipe, Source
+from train.recipe import Recipe
+from train.sources import Source
 
 
 def test_a_transcript_has_no_case_and_no_punctuation() -> None:

@@ -15,7 +15,8 @@ from helpers.commands import ROOT
 from ercbatch.errors import UsageError
 from ercbatch.prompts.tree import Window
 from train.datasets import read_dataset
-from train.recipe import _RANGES, Recipe, Source, read_recipe, recipe_from
+from train.recipe import _RANGES, Recipe, read_recipe, recipe_from
+from train.sources import Source
 
 PAGE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
 KINDS: tuple[Any, ...] = (Recipe, Source, Window)

@@ -24,9 +24,10 @@ from ercbatch.scoring.checkpoints import load_causal_lm
 from train.datasets import Dataset, Scene, read_dataset, without_overlap
 from train.dropout import dropout_settings
 from train.model import load_trainable
-from train.recipe import Recipe, Source, read_recipe, source_names
+from train.recipe import Recipe, read_recipe
 from train.run import load_run
 from train.samples import Sampler
+from train.sources import Source, source_names
 
 pytestmark = pytest.mark.transformers
 

@@ -13,7 +13,8 @@ from ercbatch.dialogues import Dialogue
 from ercbatch.errors import InputError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labels import LabelSet, find_label_set
-from train.recipe import Recipe, Source, source_names
+from train.recipe import Recipe
+from train.sources import Source, source_names
 
 Target = npt.NDArray[np.float32]
 """What an utterance should be answered with: a probability for each label [labels]."""

@@ -26,7 +26,8 @@ from ercbatch.prompts.tree import Window
 from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.packed_model import PackedModel
 from train.model import quantization
-from train.recipe import Recipe, Source, recipe_from
+from train.recipe import Recipe, recipe_from
+from train.sources import Source
 
 DESCRIPTION = "run.json"
 MODEL, ADAPTER = "model", "adapter"

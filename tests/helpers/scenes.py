@@ -7,7 +7,8 @@ from typing import Any
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.labels import label_set
 from train.datasets import Dataset, Scene, one_hot
-from train.recipe import Recipe, Source
+from train.recipe import Recipe
+from train.sources import Source
 
 
 def recipe(**values: Any) -> Recipe:
