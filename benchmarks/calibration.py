@@ -71,7 +71,7 @@ def main(file: str, bundle: str, utterances: int, draws: int, label_shift: bool)
         for seed in range(draws):
             mask = draw_mask(predictions, utterances, seed)
             sample, others = predictions.where(mask), predictions.where(~mask)
-            fitted = fit(np.log(sample.probabilities.clip(1e-12)), sample.gold)
+            fitted = fit(sample.logs, sample.gold)
             for name, scaling in (("before", shipped), ("after", fitted)):
                 answers = scaled(others, scaling)
                 error = calibration_error(answers)

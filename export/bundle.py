@@ -329,10 +329,10 @@ def summary(info: BundleInfo, folder: Path, label_sets: Collection[str] | None =
         line = f"{quality.title}: weighted F1 {quality.weighted_f1:.2%}"
         if quality.weighted_f1_original is not None:
             line += (
-                f" (the trained model's {quality.weighted_f1_original:.2%}); its label for "
-                f"{quality.agreement:.1%} of utterances, probabilities within "
-                f"{quality.largest_difference:.4f}; {quality.speed_ratio:.2f} times as fast "
-                "as it is in torch here"
+                f" (the trained model's {quality.weighted_f1_original:.2%}), agreement "
+                f"{quality.agreement:.1%}, largest difference of a probability "
+                f"{quality.largest_difference:.4f}, {quality.speed_ratio:.2f} times as fast as "
+                "the model in torch here"
             )
         lines.append(line)
     for name, calibration in info.calibration.items():

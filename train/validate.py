@@ -30,6 +30,11 @@ class Predictions:
     probabilities: npt.NDArray[np.float64]
     dialogue: npt.NDArray[np.int64]
 
+    @property
+    def logs(self) -> npt.NDArray[np.float64]:
+        """Natural logarithms of the probabilities [n, labels], at least -27.6."""
+        return np.asarray(np.log(self.probabilities.clip(1e-12)))
+
     def where(self, mask: npt.NDArray[np.bool_]) -> Predictions:
         """Those that a mask [n] holds."""
         return Predictions(self.gold[mask], self.probabilities[mask], self.dialogue[mask])
@@ -38,8 +43,7 @@ class Predictions:
         """Weighted F1, macro F1, accuracy, and the log loss (mean -log P(gold), in nats)."""
         label_count = self.probabilities.shape[1]
         weighted, macro, accuracy = f1_metrics(self.gold, self.probabilities.argmax(1), label_count)
-        likelihood = self.probabilities[np.arange(len(self.gold)), self.gold].clip(1e-12)
-        log_loss = float(-np.log(likelihood).mean())
+        log_loss = -float(self.logs[np.arange(len(self.gold)), self.gold].mean())
         return {
             "weighted_f1": weighted,
             "macro_f1": macro,

@@ -77,7 +77,7 @@ def calibrate(predictions: Sequence[Predictions], *, label_shift: bool = False) 
     would have on the same number of utterances, by chance.
     """
     gold = np.concatenate([p.gold for p in predictions])
-    logs = np.log(np.concatenate([p.probabilities for p in predictions]).clip(1e-12))
+    logs = np.concatenate([p.logs for p in predictions])
     fold = np.concatenate([p.dialogue % _FOLDS for p in predictions])
     weights = np.concatenate([np.full(len(p.gold), 1 / max(1, len(p.gold))) for p in predictions])
     fit = fit_label_shift if label_shift else fit_temperature
@@ -115,9 +115,7 @@ def calibration_error(predictions: Predictions) -> float:
 
 def scaled(predictions: Predictions, scaling: Scaling) -> Predictions:
     """A dataset's answers as a bundle with this scaling gives them."""
-    return replace(
-        predictions, probabilities=scaling(np.log(predictions.probabilities.clip(1e-12)))
-    )
+    return replace(predictions, probabilities=scaling(predictions.logs))
 
 
 def _error(probabilities: Floats, gold: npt.NDArray[np.int64]) -> float:
