@@ -144,23 +144,23 @@ def export_bundle(
     _return_arrays_when_freed()
     say("loading the model as it was trained")
     run = load(merged=False)
-    questions = ProofData(run)
-    original = measure(questions, TorchScorer(run.model, questions.tokens), say)
+    proof_data = ProofData(run)
+    original = measure(proof_data, TorchScorer(run.model, proof_data.tokens), say)
     del run
     gc.collect()
 
     def fill(part: Path, checkpoint: Path | None) -> BundleInfo:
         retriever = None
         if encoder is not None and options.examples is not None:
-            retriever = _write_bank(questions, part, encoder, options.examples)
+            retriever = _write_bank(proof_data, part, encoder, options.examples)
         say(f"merging it, and writing it as {options.form}")
-        info, head = _write_merged(load, questions, options, part, checkpoint, retriever)
+        info, head = _write_merged(load, proof_data, options, part, checkpoint, retriever)
         gc.collect()
         file_names = [path.name for path in part.iterdir()]
         scorer = open_model(part, options.form, head, available_threads(), file_names)
-        info = _prove(info, original, measure(questions, scorer, say), options)
+        info = _prove(info, original, measure(proof_data, scorer, say), options)
         if retriever is not None:
-            info = _add_demonstration_f1(info, questions, scorer, retriever)
+            info = _add_demonstration_f1(info, proof_data, scorer, retriever)
         write_card(info, part)
         return info
 
@@ -205,7 +205,7 @@ def _return_arrays_when_freed() -> None:
 
 def _write_merged(
     load: Loader,
-    questions: ProofData,
+    proof_data: ProofData,
     options: BundleOptions,
     part: Path,
     checkpoint: Path | None,
@@ -213,45 +213,45 @@ def _write_merged(
 ) -> tuple[BundleInfo, AnswerHead]:
     """Write the merged model's files; its description but what is measured, and its answer head."""
     run = load(merged=True)
-    head = run.model.answer_head(questions.tokens)
-    samples = questions.samples(sample_size(run.model))
+    head = run.model.answer_head(proof_data.tokens)
+    samples = proof_data.samples(sample_size(run.model))
     save_file(dict(head.tensors()), part / manifest.HEAD)
     run.tokenizer.save(part / manifest.TOKENIZER)
     write_form(run, part, options.form, options.target, samples)
     if checkpoint is not None:
         save_merged(run, checkpoint)
-    return _describe(questions, options, run, retriever), head
+    return _describe(proof_data, options, run, retriever), head
 
 
 def _write_bank(
-    questions: ProofData, part: Path, encoder: tuple[Path, Path], examples: Path
+    proof_data: ProofData, part: Path, encoder: tuple[Path, Path], examples: Path
 ) -> Retriever:
     for source, name in zip(encoder, (manifest.ENCODER, manifest.ENCODER_TOKENIZER), strict=True):
         shutil.copyfile(source, part / name)
     sentence_encoder = SentenceEncoder(part / manifest.ENCODER, part / manifest.ENCODER_TOKENIZER)
-    demonstrations = read_examples(examples, questions.label_sets[0])
+    demonstrations = read_examples(examples, proof_data.label_sets[0])
     retriever = Retriever(sentence_encoder, build_bank(demonstrations, sentence_encoder))
     retriever.bank.save(part)
     return retriever
 
 
 def _describe(
-    questions: ProofData,
+    proof_data: ProofData,
     options: BundleOptions,
     run: LoadedRun,
     retriever: Retriever | None,
 ) -> BundleInfo:
     """All of a bundle's description but what is measured."""
-    recipe = questions.recipe
+    recipe = proof_data.recipe
     data = options.provenance
     if retriever is not None:
         data = (*data, f"demonstrations: {len(retriever.bank.demonstrations)} written examples")
     return BundleInfo(
         name=options.name,
         version=version("ercbatch"),
-        label_sets=questions.label_sets,
-        template=questions.wording.name,
-        template_version=questions.wording.version,
+        label_sets=proof_data.label_sets,
+        template=proof_data.wording.name,
+        template_version=proof_data.wording.version,
         controls=run.tokenizer.controls,
         window=recipe.window,
         later_turns=recipe.later_window if recipe.later_turns else 0,
@@ -298,12 +298,12 @@ def _prove(
 
 
 def _add_demonstration_f1(
-    info: BundleInfo, questions: ProofData, scorer: Scorer, retriever: Retriever
+    info: BundleInfo, proof_data: ProofData, scorer: Scorer, retriever: Retriever
 ) -> BundleInfo:
     """Add the weighted F1 of questions that show demonstrations."""
     scores = [
-        f1_with_demonstrations(questions.engine(scorer, dataset), dataset, retriever)
-        for _, dataset in questions.held_out
+        f1_with_demonstrations(proof_data.engine(scorer, dataset), dataset, retriever)
+        for _, dataset in proof_data.held_out
     ]
     quality = [
         replace(dataset_quality, weighted_f1_with_demonstrations=score)

@@ -95,21 +95,21 @@ class Measurement:
     seconds: float
 
 
-def measure(questions: ProofData, scorer: Scorer, say: Say) -> list[Measurement]:
+def measure(proof_data: ProofData, scorer: Scorer, say: Say) -> list[Measurement]:
     """Predict all validation data.
 
     Raises:
         LossError: an answer is not a number.
     """
     measured = []
-    for name, dataset in questions.held_out:
+    for name, dataset in proof_data.held_out:
         say(f"answering {name}: {len(dataset.scenes):,} dialogues")
         predict(
-            questions.engine(scorer, dataset),
+            proof_data.engine(scorer, dataset),
             replace(dataset, scenes=dataset.scenes[:_WARM_UP_DIALOGUES]),
         )
         began = time.perf_counter()
-        predictions = predict(questions.engine(scorer, dataset), dataset)
+        predictions = predict(proof_data.engine(scorer, dataset), dataset)
         seconds = time.perf_counter() - began
         if not np.isfinite(predictions.probabilities).all():
             raise LossError(
