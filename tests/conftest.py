@@ -138,6 +138,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
 }
 """Tiny models: transformers' name of each architecture, and what sets it apart from `SIZES`."""
+REFUSED = ("mamba", "mpt")
+"""Architectures that cannot be packed."""
+ACCEPTED = tuple(kind for kind in ARCHITECTURES if kind not in REFUSED)
 
 
 def write_model(folder: Path, kind: str) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from helpers.vectors import digests, expected_neighbours, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,31 +25,9 @@ from ercbatch.retrieval.bank import (
 )
 from ercbatch.retrieval.encoder import SentenceEncoder
 
-Vectors = npt.NDArray[np.float32]
-
-
-def unit(vectors: npt.NDArray[np.float64]) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / lengths, dtype=np.float32)
-
 
 def texts(found: tuple[Demonstration, ...]) -> list[str]:
     return [d.text for d in found]
-
-
-def rounds(
-    bank: list[Demonstration], similarity: npt.NDArray[np.float32], count: int, banned: str
-) -> list[Demonstration]:
-    """What `nearest` promises, spelled out: rounds over the labels, each by likeness and place."""
-    left = [i for i in range(len(bank)) if bank[i].text != banned]
-    left.sort(key=lambda i: (-similarity[i], i))
-    taken: list[int] = []
-    while left and len(taken) < count:
-        firsts = {bank[i].label: i for i in reversed(left)}
-        best = [i for i in left if i in firsts.values()]
-        taken += best
-        left = [i for i in left if i not in best]
-    return [bank[i] for i in taken[:count]]
 
 
 banks = st.lists(
@@ -74,7 +51,7 @@ def test_results_come_in_rounds_over_the_labels(
         directions[[query]], count, exclude=[[banned]]
     )[0]
     similarity = np.array([(directions[query] * v).sum() for v in vectors], np.float32)
-    wanted = rounds(demonstrations, similarity, count, banned)
+    wanted = expected_neighbours(demonstrations, similarity, count, banned)
     assert list(found) == wanted
     assert banned not in texts(found)
     labels = {d.label for d in demonstrations if d.text != banned}
@@ -120,10 +97,6 @@ def test_training_can_ask_for_the_gold_label_only() -> None:
     query = np.eye(6, dtype=np.float32)[[1, 1, 1]]
     found = bank.nearest(query, 2, labels=["joy", "fear", "anger"], exclude=[["1"]] * 3)
     assert [texts(f) for f in found] == [["3", "5"], ["0", "2"], []]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 def small_bank() -> DemonstrationBank:

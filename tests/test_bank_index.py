@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.commands import python
-from test_bank import Vectors, digests, rounds, unit
+from helpers.vectors import Vectors, digests, expected_neighbours, unit
 
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.bank import (
@@ -46,7 +46,7 @@ def test_a_large_bank_finds_what_exact_search_finds(
     queries = unit(np.random.default_rng(4).normal(size=(100, 48)))
     same = 0
     for query, found in zip(queries, large_bank.nearest(queries, 3), strict=True):
-        wanted = rounds(demonstrations, vectors @ query, 3, "")
+        wanted = expected_neighbours(demonstrations, vectors @ query, 3, "")
         same += len(set(found) & set(wanted))
     assert same / 300 >= 0.95
 

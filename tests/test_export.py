@@ -24,10 +24,10 @@ from conftest import (
     write_sentence_encoder,
 )
 from helpers.commands import ROOT, python
+from helpers.packs import pack
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from peft import PeftModel
-from test_export_graph import pack
 
 from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import open_bundle, read_info, write_bundle

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHAT, cli, write_model, write_recipe
+from conftest import ACCEPTED, CHAT, REFUSED, cli, write_model, write_recipe
 from helpers.commands import python
 
 from ercbatch.dialogues import Dialogue, Utterance
@@ -22,8 +22,6 @@ from train.sources import Source
 
 pytestmark = pytest.mark.transformers
 
-REFUSED = ("mamba", "mpt")
-ACCEPTED = tuple(kind for kind in ARCHITECTURES if kind not in REFUSED)
 LABELS = ("neutral", "joyful", "sad", "sadder", "joyless")
 ADAPTED = {
     "bert": {"query", "key", "value"},

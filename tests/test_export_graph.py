@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import write_model
+from conftest import ACCEPTED, write_model
+from helpers.packs import pack
 from onnx import TensorProto, helper, numpy_helper
-from test_export_architectures import ACCEPTED
 
 from ercbatch.bundle import manifest
-from ercbatch.prompts.packs import Pack, join
+from ercbatch.prompts.packs import join
 from ercbatch.prompts.tree import Question, Read, Segment, Task, lay_out
 from ercbatch.scoring.checkpoints import load_causal_lm
 from ercbatch.scoring.onnx_scorer import OnnxScorer
@@ -48,18 +48,6 @@ def packed(folder: Path, kind: str) -> PackedModel:
         for parameter in model.base_model.parameters():
             parameter *= 0.5 if parameter.ndim == 2 else 1
     return PackedModel(model.eval())
-
-
-def pack(seed: int, length: int) -> Pack:
-    """Two dialogues' worth of tokens, with answers within and at the end."""
-    random = np.random.default_rng(seed)
-    trees = []
-    for number in range(2):
-        words = random.integers(5, 400, length).tolist()
-        question = Segment(words[:7], read=Read(Question(Task.EMOTION, 0), 0))
-        last = Read(Question(Task.EMOTION, 1), 0)
-        trees.append((number, lay_out(Segment(words, [(length // 2, question)], last))))
-    return join(trees)
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:

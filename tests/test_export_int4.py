@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_export_quantize import Array, constants, error, product, run
+from helpers.products import Array, constants, error, product, run
 
 from export.graph.nodes import Graph
 from export.quantize.int4 import BLOCK, quantize_products_to_4_bits

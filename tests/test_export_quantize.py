@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
-import onnxruntime
 import pytest
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from helpers.products import Array, constants, error, graph, product, run
+from onnx import ModelProto, helper
 
 from export.graph.nodes import Graph
 from export.quantize.int8 import quantize_lookups, quantize_products
@@ -17,46 +15,7 @@ from export.quantize.statistics import Statistics
 
 pytestmark = pytest.mark.transformers
 
-Array = npt.NDArray[np.float32]
 K, N = 96, 40
-
-
-def graph(
-    nodes: Sequence[NodeProto],
-    constants: Mapping[str, npt.NDArray[np.generic]],
-    outputs: Sequence[str] = ("y",),
-    *,
-    rank: int = 3,
-    opset: int = 17,
-) -> ModelProto:
-    """A model of activations x of this rank, or of ids x where it begins with a lookup."""
-    lookup = nodes[0].op_type == "Gather"
-    sizes = [f"size{axis}" for axis in range(rank)]
-    results = [f"result{axis}" for axis in range(rank + lookup)]
-    kind = TensorProto.INT64 if lookup else TensorProto.FLOAT
-    return helper.make_model(
-        helper.make_graph(
-            list(nodes),
-            "test",
-            [helper.make_tensor_value_info("x", kind, sizes)],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, results) for name in outputs],
-            [numpy_helper.from_array(value, name) for name, value in constants.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=8,
-    )
-
-
-def run(model: ModelProto, x: npt.NDArray[np.generic]) -> list[Array]:
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    results: list[Array] = session.run(None, {"x": x})
-    return results
-
-
-def product(weight: Array, opset: int = 17) -> ModelProto:
-    return graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight}, opset=opset)
 
 
 def quantized(model: ModelProto, rows: Array | None = None, weight_range: int = 63) -> ModelProto:
@@ -71,14 +30,6 @@ def looked_up(model: ModelProto, smallest: int) -> ModelProto:
     changed = Graph(model)
     quantize_lookups(changed, smallest_table=smallest)
     return changed.finish()
-
-
-def constants(model: ModelProto) -> dict[str, npt.NDArray[np.generic]]:
-    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-
-
-def error(found: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.fixture

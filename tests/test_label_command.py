@@ -17,8 +17,8 @@ import orjson
 import pytest
 import zstandard
 from conftest import EXAMPLES, cli, edit_manifest
+from helpers.bad_lines import BAD
 from helpers.commands import ROOT
-from test_inputs_records import BAD
 
 from ercbatch import Labeler
 from ercbatch import cli as command

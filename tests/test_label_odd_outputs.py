@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import BAD, GOOD, cli
 from helpers.commands import ROOT
-from test_label_odd_runs import shell, stopped
-from test_label_resume import begun, label
+from helpers.runs import begun, label, shell, stopped
 
 TURNS = b'{"id": %d, "notes": "%s", "utterances": [{"text": "it is gone"}]}\n'
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import BAD, GOOD, cli
 from helpers.commands import ROOT
+from helpers.runs import label, shell, stopped
 from slow.kill_loop import lines
-from test_label_resume import begun, label
 
 from ercbatch.runs.journal import Journal
 
@@ -29,26 +29,6 @@ def long_source(tmp_path: Path) -> Path:
     path = tmp_path / "long.jsonl"
     path.write_bytes(BAD * 2 + b"\n".join(lines(600, random.Random(3))) + b"\n")
     return path
-
-
-def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in which `LABEL` is `ercbatch label`."""
-    return subprocess.run(
-        ["bash", "-c", command.replace("LABEL", f"{sys.executable} -m ercbatch label")],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def stopped(source: Path, bundle: Path, out: Path, *more: str | Path) -> None:
-    """Leave a run that was killed after its first commit."""
-    process = label(source, "--bundle", bundle, "-o", out, "--commit-every", "0.05", *more)
-    begun(process, out)
-    process.kill()
-    process.communicate()
 
 
 def test_rejects_replace_nothing_unasked(bundle_folder: Path, source: Path) -> None:

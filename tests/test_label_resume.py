@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 import shlex
@@ -19,37 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import cli, edit_manifest
 from helpers.commands import ROOT
+from helpers.runs import begun, committed, label
 from slow.kill_loop import kill_loop, lines
-
-
-def label(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ercbatch", "label", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def committed(output: Path) -> int:
-    """Dialogues in the last commit of a run's journal; 0 before the first one."""
-    try:
-        rows = output.with_name(output.name + ".journal").read_bytes().splitlines()
-        return int(json.loads(rows[-1])["point"]["counts"]["labelled"])
-    except (FileNotFoundError, IndexError, KeyError, ValueError):
-        return 0
-
-
-def begun(process: subprocess.Popen[str], output: Path) -> int:
-    """Wait until a run has committed something; how much."""
-    for _ in range(600):
-        found = committed(output)
-        if found:
-            return found
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it commits nothing")
 
 
 @pytest.fixture(scope="module")
