@@ -14,7 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ercbatch.bundle import manifest
 from ercbatch.errors import UsageError
-from ercbatch.scoring.bnb_scorer import INT8_SCALES, NF4_BLOCK, bnb, quantizable, shape_of
+from ercbatch.scoring.bnb_scorer import (
+    INT8_SCALES,
+    NF4_BLOCK,
+    bnb,
+    nf4_config,
+    quantizable,
+    shape_of,
+)
 from ercbatch.scoring.packed_model import PackedModel
 
 
@@ -87,13 +94,7 @@ def _to_stored_dtype(tensor: Tensor) -> Tensor:
 def _config(model: Any, form: str, skipped: list[str]) -> dict[str, Any]:
     """The model's `config.json`, without what is of this machine."""
     if form == "nf4":
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=skipped or None,
-        )
+        settings = nf4_config(llm_int8_skip_modules=skipped or None)
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))

@@ -70,7 +70,7 @@ def quantization(recipe: Recipe) -> Any:
         MissingExtraError: it isn't installed.
     """
     try:
-        import ercbatch.scoring.bnb_scorer  # noqa: F401  # bitsandbytes, and no kernel from the hub
+        from ercbatch.scoring.bnb_scorer import nf4_config
     except ImportError as error:
         raise MissingExtraError(
             f"recipe: load = {recipe.load!r} needs bitsandbytes: pip install '.[bnb]' in a "
@@ -80,12 +80,7 @@ def quantization(recipe: Recipe) -> Any:
 
     if recipe.load == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    return nf4_config()
 
 
 def check_memory(recipe: Recipe, *, bfloat16: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from ercbatch.errors import BundleError, UsageError
@@ -47,6 +47,17 @@ INT8_SCALES = "SCB"
 """What stands beside a weight that is int8: a scale for each output."""
 _NESTED_BLOCK = 256
 """NF4's scales that share a scale of their own."""
+
+
+def nf4_config(**settings: Any) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computed in bfloat16, and other settings of the class."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        **settings,
+    )
 
 
 class BnbScorer(TorchScorer):
