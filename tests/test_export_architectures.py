@@ -35,7 +35,7 @@ ADAPTED = {
 
 
 @pytest.mark.parametrize("kind", ACCEPTED)
-@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("attention", [None, pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_packed_model_gives_the_logits_of_separate_prompts(
     kind: str, attention: str | None, tmp_path: Path
 ) -> None:
@@ -93,6 +93,7 @@ def test_a_model_in_half_precision_is_checked_too(tmp_path: Path) -> None:
         PackedModel(load_causal_lm(base, dtype=torch.bfloat16)[0]).check_packing()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bloom", "gemma3_text", "gpt2"])
 def test_other_architectures_are_bundled(kind: str, encoder_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
