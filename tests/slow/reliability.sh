@@ -6,7 +6,7 @@
 # In DIALOGUES, a JSONL file, persuasion and neighbours are measured; BUNDLE is what mutants are made
 # of and what the long run labels with (the one in the package; a tiny one is quicker).
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 dialogues=$(realpath "$1") bundle=${2:-mini}
 if [[ -d $bundle ]]; then bundle=$(realpath "$bundle"); fi
 cd "$root"
