@@ -96,7 +96,7 @@ def test_a_link_that_leads_in_a_circle_is_refused(bert: Path, tmp_path: Path) ->
     base = tmp_path / "base"
     shutil.copytree(bert, base)
     (base / "chat_template.jinja").symlink_to("chat_template.jinja")
-    with pytest.raises(UsageError, match="leads out of its folder"):
+    with pytest.raises(UsageError, match=r"chat_template\.jinja: .* refused"):
         load_causal_lm(str(base))
 
 
