@@ -30,7 +30,7 @@ R = TypeVar("R")
 Answer = tuple[int, int, npt.NDArray[np.float64]]
 """(number of the item, utterance, probabilities [labels])."""
 
-_REPAIR = "export the bundle again"
+_ADVICE = "export the bundle again"
 _PREFETCHED_PACKS = 4
 """Packs that are rendered before they can be scored."""
 RETRIEVED_TOGETHER = 64
@@ -198,7 +198,7 @@ class Engine:
     def _answer(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
         if step.pack is None:
             return step.entries, []
-        with foreign_errors(BundleError, "the model is not what it should be", _REPAIR):
+        with foreign_errors(BundleError, "the model is not what it should be", _ADVICE):
             answers = list(self.scorer.answers(step.pack, self.renderer.trie))
         return step.entries, [
             (number, t, calibrated(log_probabilities, self.temperature, self.offsets))
@@ -251,7 +251,7 @@ class Engine:
                 for t in utterances
             ]
             if texts:
-                with foreign_errors(BundleError, "the encoder is not what it should be", _REPAIR):
+                with foreign_errors(BundleError, "the encoder is not what it should be", _ADVICE):
                     demonstrations = iter(self.retriever.demonstrations(texts, self.demonstrations))
         for entry, utterances in group:
             yield entry, [Question(Task.EMOTION, t, next(demonstrations, ())) for t in utterances]

@@ -88,7 +88,7 @@ class BundleError(ErcbatchError):
 
 
 @contextmanager
-def foreign_errors(kind: type[ErcbatchError], what: str, mend: str) -> Iterator[None]:
+def foreign_errors(kind: type[ErcbatchError], what: str, advice: str) -> Iterator[None]:
     """What libraries say of files that are not what they should be, as an error of ours.
 
     Each of them has errors of its own, or plain ones.
@@ -106,4 +106,4 @@ def foreign_errors(kind: type[ErcbatchError], what: str, mend: str) -> Iterator[
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise kind(f"{what} ({reason:.300}): {mend}") from error
+        raise kind(f"{what} ({reason:.300}): {advice}") from error

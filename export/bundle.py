@@ -90,7 +90,7 @@ def run_loader(
     """
     if data is None:
         folder = Path(source)
-        checkpoint, *data_files = run_files(folder)
+        checkpoint, data_files = run_files(folder)
 
         def load(merged: bool, attention: str | None) -> LoadedRun:
             return load_run(

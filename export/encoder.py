@@ -132,22 +132,22 @@ def _compare(source: str | Path, folder: Path, expected: _Vectors, least: float)
     Raises:
         UsageError: a cosine is below `least`, or labelling does not take the graph.
     """
-    mend = "choose another sentence encoder"
+    advice = "choose another sentence encoder"
     if least == _LEAST_INT8:
-        mend += ", or give --quantize fp32"
+        advice += ", or give --quantize fp32"
     try:
         encoder = SentenceEncoder(folder / manifest.ENCODER, folder / manifest.ENCODER_TOKENIZER)
         embeddings = encoder.encode(_CHECKED)
     except BundleError as error:
-        raise UsageError(f"{source}: labelling cannot run its graph ({error}): {mend}") from error
+        raise UsageError(f"{source}: labelling cannot run its graph ({error}): {advice}") from error
     if embeddings.shape != expected.shape:
         shapes = f"{embeddings.shape}, not {expected.shape}"
-        raise UsageError(f"{source}: its graph gives {shapes}: {mend}")
+        raise UsageError(f"{source}: its graph gives {shapes}: {advice}")
     lowest = float((embeddings * expected).sum(axis=1).min())
     if not lowest >= least:  # nor is it NaN
         raise UsageError(
             f"{source}: a sentence has another embedding in the graph than in sentence-transformers"
-            f" (cosine {lowest:.6f}, below {least}): {mend}"
+            f" (cosine {lowest:.6f}, below {least}): {advice}"
         )
 
 

@@ -34,7 +34,7 @@ _FIXED_SETTINGS = {
     "module_output_name": "token_embeddings",
 }
 NEEDED = "it needs config.json, model.safetensors and tokenizer.json of a sentence encoder"
-_MEND = "choose another sentence encoder"
+_ADVICE = "choose another sentence encoder"
 _ONLY = "only a Transformer, a Pooling and a Normalize module can be exported"
 
 
@@ -72,9 +72,9 @@ def load_sentence_model(source: Path) -> SentenceTransformer:
     )
     if [type(module).__name__ for module in model] != names:
         # The library makes a model of another kind, a cross-encoder say, into one of its own.
-        raise UsageError(f"{source}: is made for other tasks than sentence embeddings: {_MEND}")
+        raise UsageError(f"{source}: is made for other tasks than sentence embeddings: {_ADVICE}")
     if getattr(model[0], "modality_config", _TEXTS) != _TEXTS:
-        raise UsageError(f"{source}: reads chat messages or more than texts: {_MEND}")
+        raise UsageError(f"{source}: reads chat messages or more than texts: {_ADVICE}")
     _check_weights(model, folder)
     model.max_seq_length = MAX_TOKENS
     return model
@@ -98,7 +98,7 @@ def _check_modules(source: Path) -> tuple[list[str], Path]:
             raise UsageError(f"{path}: names {module['path']!a}, outside of its folder: refused")
         package, _, name = kind.rpartition(".")
         if kind not in _TYPES and package.partition(".")[0] == "sentence_transformers":
-            raise UsageError(f"{source}: has the module {name:.100}; {_ONLY}: {_MEND}")
+            raise UsageError(f"{source}: has the module {name:.100}; {_ONLY}: {_ADVICE}")
         if kind not in _TYPES:
             raise UsageError(
                 f"{path}: the module {kind[:100]!a} is not of sentence-transformers: refused"
@@ -108,7 +108,7 @@ def _check_modules(source: Path) -> tuple[list[str], Path]:
             folder = place
     if names not in (list(_MODULES), list(_MODULES[:2])):
         listed = ", ".join(names[:5]) or "none"
-        raise UsageError(f"{source}: its modules are {listed}; {_ONLY}, in this order: {_MEND}")
+        raise UsageError(f"{source}: its modules are {listed}; {_ONLY}, in this order: {_ADVICE}")
     return names, folder
 
 
@@ -124,7 +124,7 @@ def _check_settings(folder: Path) -> None:
         for key, value in json.loads(path.read_text(encoding="utf-8")).items():
             fixed = key in _FIXED_SETTINGS and value == _FIXED_SETTINGS[key]
             if value and not fixed and key not in _FREE_SETTINGS:
-                raise UsageError(f"{path}: the setting {key[:100]!a} is not supported: {_MEND}")
+                raise UsageError(f"{path}: the setting {key[:100]!a} is not supported: {_ADVICE}")
 
 
 def _check_weights(model: SentenceTransformer, folder: Path) -> None:
@@ -175,9 +175,9 @@ def export_tokenizer(model: SentenceTransformer, source: Path, samples: Sequence
     prompt = model.prompts[model.default_prompt_name] if model.default_prompt_name else ""
     if not prompt:
         return tokenizer
-    mend = f"{_MEND}, or take default_prompt_name out of config_sentence_transformers.json"
+    advice = f"{_ADVICE}, or take default_prompt_name out of config_sentence_transformers.json"
     if not model[1].include_prompt:
-        raise UsageError(f"{source}: its pooling leaves the default prompt out: {mend}")
+        raise UsageError(f"{source}: its pooling leaves the default prompt out: {advice}")
     # Byte-level tokenizers take the space after a prompt for a part of the text's first word.
     for lead in ("", prompt[len(prompt.rstrip()) :]):
         prompting = _led(tokenizer, lead)
@@ -187,11 +187,11 @@ def export_tokenizer(model: SentenceTransformer, source: Path, samples: Sequence
     else:
         raise UsageError(
             f"{source}: its tokenizer joins the default prompt {prompt[:100]!a} with the text that "
-            f"follows: {mend}"
+            f"follows: {advice}"
         )
     if sum(map(len, around)) > MAX_TOKENS // 2:
         raise UsageError(
-            f"{source}: its default prompt takes over half of {MAX_TOKENS} tokens: {mend}"
+            f"{source}: its default prompt takes over half of {MAX_TOKENS} tokens: {advice}"
         )
     prompting.post_processor = _template(tokenizer, *around)
     return prompting

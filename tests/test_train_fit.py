@@ -193,7 +193,7 @@ def test_training_resumed_anywhere_ends_the_same(bert: Path) -> None:
         hooks = Hooks(
             evaluate=lambda tasks: ({}, {}),
             keep=lambda figures: None,
-            finished=lambda epochs: None,
+            epoch_finished=lambda epochs: None,
             save=save,
             report=lambda text: None,
             stopping=lambda: False,

@@ -68,13 +68,16 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls; `evaluate`, `keep`, `finished` and `save` in the main process only."""
+    """What the loop calls.
+
+    `evaluate`, `keep`, `epoch_finished` and `save` are called in the main process only.
+    """
 
     evaluate: Callable[[Collection[Task]], tuple[Metrics, Metrics]]
     """Validation and training metrics of these tasks."""
     keep: Callable[[EpochMetrics], None]
     """Called with the weights in place whenever an epoch is the best so far."""
-    finished: Callable[[Sequence[EpochMetrics]], None]
+    epoch_finished: Callable[[Sequence[EpochMetrics]], None]
     """Called after each epoch."""
     save: Callable[[Mapping[str, Any]], None]
     """Called with a state from which `Fitting` goes on."""
@@ -261,7 +264,7 @@ class Fitting:
                     hooks.keep(metrics)
         self._progress = TrainingProgress([*progress.finished, metrics])
         if self._accelerator.is_main_process:
-            hooks.finished(self._progress.finished)
+            hooks.epoch_finished(self._progress.finished)
             hooks.report(epoch_summary(metrics, sum(s.epochs for s in self._recipe.stages)))
         self._accelerator.wait_for_everyone()
         self._save()

@@ -108,14 +108,14 @@ def _load(
     return LoadedRun(recipe, checkpoint, data, file_digests, PackedModel(model.eval()), tokenizer)
 
 
-def run_files(folder: Path) -> list[str]:
+def run_files(folder: Path) -> tuple[str, list[str]]:
     """What a run's model is loaded from, before its adapter; then its files of dialogues.
 
     Raises:
         UsageError: not a run folder, or one that diverged at once.
     """
     recipe, described = _read_description(folder)
-    return [_checkpoint(folder, recipe), *described["data"]]
+    return _checkpoint(folder, recipe), list(described["data"])
 
 
 def wrap_model_errors(source: str | Path) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ from ercbatch.bundle.manifest import (
 from ercbatch.digests import file_sha256
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 
-_MEND = "get the bundle again, or write it anew with `python -m export`"
+_ADVICE = "get the bundle again, or write it anew with `python -m export`"
 """What to do about an altered one."""
 _DIGEST_KEY = "sha256"
 """Of all else in `bundle.json`: last in it, from format 1.3 on."""
@@ -124,14 +124,14 @@ def read_info(folder: Path) -> BundleInfo:
         major, minor = (int(part) for part in value["format"].split("."))
         own_major, own_minor = (int(part) for part in FORMAT.split("."))
         if _DIGEST_KEY in value and value != with_digest(value):
-            raise BundleError(f"{path}: altered, its SHA-256 is not what it says: {_MEND}")
+            raise BundleError(f"{path}: altered, its SHA-256 is not what it says: {_ADVICE}")
         if major != own_major or minor > own_minor:
             raise BundleError(
                 f"{path}: format {major}.{minor} is not known here (this ercbatch reads "
                 f"{own_major}.0 to {FORMAT}): upgrade ercbatch"
             )
         if _DIGEST_KEY not in value and minor >= 3:
-            raise BundleError(f"{path}: altered, it has lost its own SHA-256: {_MEND}")
+            raise BundleError(f"{path}: altered, it has lost its own SHA-256: {_ADVICE}")
         info = BundleInfo.from_json(value)
     except FileNotFoundError as error:
         raise BundleError(
@@ -158,23 +158,23 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: a file is missing or altered; the message names it and the mending command.
     """
     info = read_info(folder)
-    mend = _MEND
+    advice = _ADVICE
     if folder.parent == Path(str(resources.files("ercbatch").joinpath("bundles"))):
-        mend = "run `pip install --force-reinstall --no-deps ercbatch`"
+        advice = "run `pip install --force-reinstall --no-deps ercbatch`"
     for name, expected in info.files.items():
         path = folder / name
         try:
             if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size != expected.size:
                 raise BundleError(
                     f"{path}: its size is not what {MANIFEST} says ({expected.size:,} bytes): "
-                    f"{mend}"
+                    f"{advice}"
                 )
             if file_sha256(path) != expected.sha256:
-                raise BundleError(f"{path}: altered, its SHA-256 is not {MANIFEST}'s: {mend}")
+                raise BundleError(f"{path}: altered, its SHA-256 is not {MANIFEST}'s: {advice}")
         except FileNotFoundError as error:
-            raise BundleError(f"{path}: missing: {mend}") from error
+            raise BundleError(f"{path}: missing: {advice}") from error
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error.strerror}: {mend}") from error
+            raise BundleError(f"{path}: cannot be read: {error.strerror}: {advice}") from error
     return Bundle(folder, info)
 
 

@@ -48,7 +48,7 @@ OPERATORS = {
 """What a language model's graph is made of, by domain. None of them repeats a subgraph (an endless
 `Loop` heeds no signal), and what no graph needs is native code that no graph reaches."""
 
-_MEND = "get the bundle again, or export it again"
+_ADVICE = "get the bundle again, or export it again"
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """Wire types."""
@@ -177,20 +177,20 @@ def check_onnx(path: Path, file_names: Collection[str] = ()) -> None:
         if name not in allowed:
             raise BundleError(
                 f"{path}: reads weights from {name!a}, which is not among the files that belong "
-                f"to it: do not use this bundle, or {_MEND}"
+                f"to it: do not use this bundle, or {_ADVICE}"
             )
         if name not in sizes:
             try:
                 sizes[name] = (path.parent / name).stat().st_size
             except OSError as error:
                 raise BundleError(
-                    f"{path}: its weights in {name!a} cannot be read ({error.strerror}): {_MEND}"
+                    f"{path}: its weights in {name!a} cannot be read ({error.strerror}): {_ADVICE}"
                 ) from error
         end = data.offset + (data.length or 0)
         if end > sizes[name]:
             raise BundleError(
                 f"{path}: reads weights up to byte {end:,} of {name!a}, which has "
-                f"{sizes[name]:,} bytes: {_MEND}"
+                f"{sizes[name]:,} bytes: {_ADVICE}"
             )
 
 
@@ -209,9 +209,9 @@ def read_onnx(path: Path) -> OnnxRequests:
                 reader = _Reader(data)
                 reader.message("ModelProto", 0, size, 1)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror}: {_MEND}") from error
+        raise BundleError(f"{path}: cannot be read: {error.strerror}: {_ADVICE}") from error
     except _NotOnnxError as error:
-        raise BundleError(f"{path}: not a sound ONNX file ({error}): {_MEND}") from error
+        raise BundleError(f"{path}: not a sound ONNX file ({error}): {_ADVICE}") from error
     return OnnxRequests(
         frozenset(reader.domains), frozenset(reader.operators), frozenset(reader.external)
     )

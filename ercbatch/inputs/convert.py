@@ -17,7 +17,7 @@ import orjson
 from ercbatch.errors import InputError, UsageError
 from ercbatch.labels import LabelSet, label_set
 
-Record = dict[str, Any]
+JsonRecord = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Format:
     """A publisher's format: the label set its labels belong to, and its reader."""
 
     labels: str
-    read: Callable[[Path, LabelSet], Iterator[Record]]
+    read: Callable[[Path, LabelSet], Iterator[JsonRecord]]
 
 
-def convert(name: str, source: Path) -> Iterator[Record]:
+def convert(name: str, source: Path) -> Iterator[JsonRecord]:
     """Dialogue records of a publisher's file (IEMOCAP: of its release folder).
 
     Raises:
@@ -106,24 +106,24 @@ def _number(text: str, where: str) -> int:
         raise InputError(f"{where}: {text!r} is not a number: fetch the file again") from error
 
 
-def _scenes(rows: Iterator[tuple[tuple[Any, ...], int, Record]]) -> Iterator[tuple[Any, ...]]:
+def _scenes(rows: Iterator[tuple[tuple[Any, ...], int, JsonRecord]]) -> Iterator[tuple[Any, ...]]:
     """(key, utterances in order) of rows (key, utterance number, utterance), by first key."""
-    scenes: dict[tuple[Any, ...], list[tuple[int, Record]]] = {}
+    scenes: dict[tuple[Any, ...], list[tuple[int, JsonRecord]]] = {}
     for key, number, utterance in rows:
         scenes.setdefault(key, []).append((number, utterance))
     for key, numbered in scenes.items():
         yield key, [utterance for _, utterance in sorted(numbered, key=lambda pair: pair[0])]
 
 
-def _meld(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _meld(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     columns = (
         *("Dialogue_ID", "Utterance_ID", "Season", "Episode"),
         *("Speaker", "Utterance", "Emotion"),
     )
 
-    episodes: dict[str, Record] = {}
+    episodes: dict[str, JsonRecord] = {}
 
-    def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
+    def utterances() -> Iterator[tuple[tuple[Any, ...], int, JsonRecord]]:
         for line, row in _rows(path, columns):
             where = f"{path}, line {line}"
             label = _label(labels, row["Emotion"], where)
@@ -136,10 +136,10 @@ def _meld(path: Path, labels: LabelSet) -> Iterator[Record]:
         yield {"id": dialogue, **episodes[dialogue], "utterances": turns}
 
 
-def _emorynlp(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _emorynlp(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     columns = ("Season", "Episode", "Scene_ID", "Utterance_ID", "Speaker", "Utterance", "Emotion")
 
-    def utterances() -> Iterator[tuple[tuple[Any, ...], int, Record]]:
+    def utterances() -> Iterator[tuple[tuple[Any, ...], int, JsonRecord]]:
         for line, row in _rows(path, columns):
             where = f"{path}, line {line}"
             try:
@@ -173,7 +173,7 @@ def _tab_rows(path: Path, columns: int, reason: str) -> Iterator[tuple[int, list
         yield line, cells
 
 
-def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _goemotions(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     """A comment with one emotion (beside neutral or not) gets it as its label.
 
     One with several emotions is ambiguous for a task that asks for one: it has no `label`, and
@@ -192,7 +192,7 @@ def _goemotions(path: Path, labels: LabelSet) -> Iterator[Record]:
             )
         gold = [_label(labels, names[number], where) for number in numbers]
         emotions = [label for label in gold if label != "neutral"] or gold
-        turn: Record = {"text": columns[0]}
+        turn: JsonRecord = {"text": columns[0]}
         if len(emotions) == 1:
             turn["label"] = emotions[0]
         else:
@@ -208,7 +208,7 @@ _PLUTCHIK = (
 _SPACE_BEFORE_MARK = re.compile(r" +(?=[!,.:;?]|'\w)|(?<=\w) +(?=n't\b)")
 
 
-def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _xed(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     """A file of XED: text and label numbers (annotated lines), or 9 and text (neutral lines).
 
     Annotated lines have a space before each punctuation mark and neutral ones have not. The space
@@ -225,12 +225,12 @@ def _xed(path: Path, labels: LabelSet) -> Iterator[Record]:
             if not 1 <= number <= len(_PLUTCHIK):
                 raise InputError(f"{where}: label {number} is not in 1 to 9: fetch the file again")
             gold.append(_label(labels, _PLUTCHIK[number - 1], where))
-        turn: Record = {"text": _SPACE_BEFORE_MARK.sub("", text).strip()}
+        turn: JsonRecord = {"text": _SPACE_BEFORE_MARK.sub("", text).strip()}
         turn |= {"label": gold[0]} if len(gold) == 1 else {"labels": gold}
         yield {"id": f"{path.stem}-{line}", "utterances": [turn]}
 
 
-def _topical_chat(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _topical_chat(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     where = str(path)
     try:
         chats = orjson.loads(_text(path))
@@ -262,7 +262,7 @@ _EVALUATION = re.compile(r"^\[[^\]]*\]\t(Ses\d\d[FM]_\w+)\t(\w+)\t")
 _UNUSED_EMOTIONS = frozenset({"xxx", "sur", "fea", "dis", "oth"})
 
 
-def _iemocap(path: Path, labels: LabelSet) -> Iterator[Record]:
+def _iemocap(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
     """A release folder, or one of its Session folders; the unused labels become no label."""
     sessions = [path] if (path / "dialog").is_dir() else sorted(path.glob("Session*"))
     has_transcripts = False
@@ -274,18 +274,18 @@ def _iemocap(path: Path, labels: LabelSet) -> Iterator[Record]:
             emotions = {
                 m[1]: m[2] for row in _text(evaluation).split("\n") if (m := _EVALUATION.match(row))
             }
-            turns: list[Record] = []
+            turns: list[JsonRecord] = []
             for line, row in enumerate(_text(transcript).split("\n"), start=1):
                 match = _TURN.match(row.rstrip("\r"))
                 if match is None:  # notes and the speakers' interjections carry no judgement
                     continue
-                turn: Record = {"id": match[1], "speaker": match[2], "text": match[3]}
+                turn: JsonRecord = {"id": match[1], "speaker": match[2], "text": match[3]}
                 emotion = emotions.get(match[1], "xxx")
                 if emotion not in _UNUSED_EMOTIONS:
                     turn["label"] = _label(labels, emotion, f"{transcript}, line {line}")
                 turns.append(turn)
             if turns:
-                record: Record = {"id": transcript.stem, "utterances": turns}
+                record: JsonRecord = {"id": transcript.stem, "utterances": turns}
                 yield {**record, "session": int(number[0])} if number else record
     if not has_transcripts:
         raise InputError(

@@ -200,8 +200,8 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
     for record in Reader([str(path)]):
         if record.reject is not None:
             # The reason of a reject that ends its file says what to do.
-            repair = "" if record.reject.ends_file else ": mend or remove the line"
-            raise InputError(f"{path}, line {record.reject.line}: {record.reject.reason}{repair}")
+            advice = "" if record.reject.ends_file else ": mend or remove the line"
+            raise InputError(f"{path}, line {record.reject.line}: {record.reject.reason}{advice}")
         assert record.dialogue is not None
         yield record.end.line, record.dialogue
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from rich.console import Console
@@ -81,6 +81,19 @@ def print_reject(reject: Reject) -> None:
     print(f"{printable(reject.file)}, line {reject.line}: {reject.reason}", file=sys.stderr)
 
 
+class Output(Protocol):
+    """Where a run writes. `point` is how far the run has come with what is written."""
+
+    def write(self, labeled: LabeledDialogue, point: ResumePoint) -> None:
+        """Write a labelled dialogue."""
+
+    def reject(self, reject: Reject, point: ResumePoint) -> None:
+        """Write a reject."""
+
+    def close(self) -> None:
+        """Close the files, with all that was written in them."""
+
+
 class StreamOutput:
     """Labelled dialogues on stdout, as they come; rejects in a file, or as sentences on stderr.
 
@@ -95,7 +108,7 @@ class StreamOutput:
         self._console = Console(highlight=False, soft_wrap=False) if terminal else None
 
     def write(self, labeled: LabeledDialogue, point: ResumePoint) -> None:
-        """Write a labelled dialogue, after which the run is at `point`."""
+        """See `Output.write`."""
         if self._console is not None:
             print_dialogue(self._console, labeled)
             return
@@ -103,7 +116,7 @@ class StreamOutput:
         sys.stdout.buffer.flush()
 
     def reject(self, reject: Reject, point: ResumePoint) -> None:
-        """Write a reject, after which the run is at `point`."""
+        """See `Output.reject`."""
         if self._rejects is None or reject.ends_file:
             print_reject(reject)
         if self._rejects is None:
@@ -112,7 +125,7 @@ class StreamOutput:
         self._rejects.flush()
 
     def close(self) -> None:
-        """Close what was opened."""
+        """See `Output.close`."""
         if self._rejects is not None:
             self._rejects.close()
             _remove_empty(self._rejects.path)
@@ -155,7 +168,7 @@ class FileOutput:
         self._thread.start()
 
     def write(self, labeled: LabeledDialogue, point: ResumePoint) -> None:
-        """Write a labelled dialogue, after which the run is at `point`.
+        """See `Output.write`.
 
         Raises:
             OSError, OutputError: it, or what was written before, cannot be brought to the disk.
@@ -163,7 +176,7 @@ class FileOutput:
         self._add(self._output, dump_record(labeled.to_record()), point)
 
     def reject(self, reject: Reject, point: ResumePoint) -> None:
-        """Write a reject, after which the run is at `point`.
+        """See `Output.reject`.
 
         Raises:
             OSError, OutputError: see `write`.
@@ -205,7 +218,7 @@ class FileOutput:
             file.settle()
         self._journal.write(commit)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Commit what is written, and close the files.
 
         Raises:

@@ -25,7 +25,7 @@ from ercbatch.inputs.records import Reader, Record
 from ercbatch.labeler import Labeler
 from ercbatch.runs.identity import Inputs, check_same, find_differences, identity_of
 from ercbatch.runs.journal import Counts, Journal, ResumePoint
-from ercbatch.runs.output import FileOutput, Files, StreamOutput, complete
+from ercbatch.runs.output import FileOutput, Files, Output, StreamOutput, complete
 from ercbatch.runs.preflight import (
     RunOptions,
     can_reread,
@@ -46,9 +46,9 @@ class RunSummary:
 
 
 def run_label(
-    labeler: Callable[[], Labeler], options: RunOptions, stop: Stopper | None = None
+    load: Callable[[], Labeler], options: RunOptions, stop: Stopper | None = None
 ) -> RunSummary:
-    """Label every dialogue of the inputs, in order. `labeler` is called once all is checked.
+    """Label every dialogue of the inputs, in order. `load` is called when all is checked.
 
     Raises:
         UsageError: the output is in the way, or is an input; a run cannot be gone on with.
@@ -69,7 +69,7 @@ def run_label(
             check_rejects(options.rejects, options)
         stream = StreamOutput(options.rejects)
         try:
-            return _label(labeler(), options, stream, ResumePoint(), stop)
+            return _label(load(), options, stream, ResumePoint(), stop)
         finally:
             stream.close()
     files = Files.of(options.output, options.rejects)
@@ -82,7 +82,7 @@ def run_label(
             )
         refuse_overwrite(files, options, stopped=journal.identity is not None)
         try:
-            return _label_to_files(labeler(), options, files, journal, stop)
+            return _label_to_files(load(), options, files, journal, stop)
         except OSError as error:
             what = f"{error.filename or files.part}: {error.strerror}"
             if not can_reread(options.inputs):
@@ -124,7 +124,7 @@ def _label_to_files(
         summary = _label(labeler, options, output, start, stop)
     finally:
         with stop.shield():
-            output.stop()
+            output.close()
     try:
         inputs.check()
     except InputError:
@@ -146,7 +146,7 @@ def _label_to_files(
 def _label(
     labeler: Labeler,
     options: RunOptions,
-    output: StreamOutput | FileOutput,
+    output: Output,
     start: ResumePoint,
     stop: Stopper,
 ) -> RunSummary:

@@ -49,12 +49,12 @@ def errors() -> Iterator[None]:
         _leave_stdout()
         sys.exit(CLOSED_PIPE)
     except OSError as error:  # of a file in no output's care: a working one, or stdout
-        mend = "see to it, and try again"
+        advice = "see to it, and try again"
         if error.errno == errno.EBADF:  # stdout is closed
             _leave_stdout()
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "make room, there or by TMPDIR elsewhere, and try again"
-        raise Failure(OutputError(f"{error}: {mend}")) from error
+            advice = "make room, there or by TMPDIR elsewhere, and try again"
+        raise Failure(OutputError(f"{error}: {advice}")) from error
 
 
 def _leave_stdout() -> None:
