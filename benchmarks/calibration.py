@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ercbatch.errors import UsageError
 from ercbatch.labeler import Labeler
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 from export.proof.calibration import (
     Scaling,
     calibration_error,
@@ -60,7 +60,7 @@ def _summarize(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, fl
 @click.option("--label-shift", is_flag=True, help="As `export calibrate` has it.")
 def main(file: str, bundle: str, utterances: int, draws: int, label_shift: bool) -> None:
     """Print the figures of all other dialogues before and after, in the mean of the draws."""
-    with errors():
+    with exit_on_errors():
         labels, _, path = file.rpartition("=")
         labeler = Labeler(bundle, label_set=labels or None, demonstrations=0)
         shipped = Scaling(labeler.engine.temperature, labeler.engine.offsets)

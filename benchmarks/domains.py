@@ -31,7 +31,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.sessions import available_threads
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, read_recipe
 from train.sources import Source
@@ -165,7 +165,7 @@ def main(
     baselines: bool,
 ) -> None:
     """Print a table of systems and domains, then one JSON line."""
-    with errors():
+    with exit_on_errors():
         rows: list[Row] = []
         resolved = read_recipe(recipe)
         classifiers: dict[str, SentenceClassifier] = {}

@@ -29,7 +29,7 @@ from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.onnx_scorer import feed, tiles_of
 from ercbatch.scoring.sessions import session_options
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 PRODUCTS = frozenset(
     (
@@ -205,7 +205,7 @@ def show(profiles: Mapping[str, Profile]) -> Iterator[str]:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 def main(graphs: tuple[str, ...], source: Path, threads: int, rounds: int) -> None:
     """Measure on the dialogues of SOURCE (JSONL); after the first BUNDLE, graphs may be given."""
-    with errors():
+    with exit_on_errors():
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
         engine = Labeler(graphs[0], demonstrations=0).engine
         packs = list(engine.packs(dialogues))

@@ -30,7 +30,7 @@ from ercbatch.errors import UsageError
 from ercbatch.inputs.records import dump_record, read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.scoring.sessions import available_threads
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHAT = _ROOT / "examples" / "group_chat.jsonl"
@@ -182,7 +182,7 @@ def show(result: Mapping[str, Any]) -> list[str]:
 @click.option("--runs", type=click.IntRange(1), default=200, show_default=True, help="Warm ones.")
 def main(bundle: str, source: Path, threads: int | None, cold_runs: int, runs: int) -> None:
     """Measure BUNDLE on the first dialogue of SOURCE (JSONL)."""
-    with errors():
+    with exit_on_errors():
         result = measure(bundle, source, threads or available_threads(), cold_runs, runs)
     for line in show(result):
         click.echo(line)

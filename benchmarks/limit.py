@@ -33,7 +33,7 @@ from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.sessions import session_options
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 from export.graph.nodes import MICROSOFT
 from export.quantize.int4 import BLOCK
 
@@ -212,7 +212,7 @@ def open_peak(labeler: Labeler, packs: Sequence[Pack], threads: int) -> Peak:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 def main(bundle: str, source: Path, threads: int, rounds: int) -> None:
     """Measure BUNDLE on the dialogues of SOURCE (JSONL)."""
-    with errors():
+    with exit_on_errors():
         result = hold_against_limit(bundle, source, threads, rounds)
     for name, value in result.items():
         click.echo(f"{name.replace('_', ' '):32}{value}")

@@ -27,7 +27,7 @@ from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
 from ercbatch.scoring.sessions import LONGEST_PACK
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 Rows = dict[int, npt.NDArray[np.float64]]
 """Utterance -> its probabilities [labels]."""
@@ -106,7 +106,7 @@ def main(
 ) -> None:
     """Label the dialogues of SOURCE (JSONL) in company that is drawn."""
     draw = random.Random(seed)
-    with errors():
+    with exit_on_errors():
         sample = [dialogue for _, dialogue in read_dialogues(source)]
         if len(sample) < 2:
             raise UsageError(f"{source}: one dialogue has no neighbours: give more")

@@ -20,7 +20,7 @@ import click
 from benchmarks.lib import sections
 from benchmarks.lib.sections import Metrics, Section, table
 from ercbatch.errors import UsageError
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 _MACHINE = "machine"
 _NOT_PAID = Path(__file__).with_name("not_paid.md")
@@ -199,7 +199,7 @@ def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
 @click.argument("page", metavar="OUT", type=click.Path(dir_okay=False, path_type=Path))
 def main(results: Path, page: Path) -> None:
     """Write the page OUT from the results in the folder RESULTS."""
-    with errors():
+    with exit_on_errors():
         write_page(results, page)
     plots = sorted(path.name for path in page.with_suffix("").glob("*.png"))
     click.echo(json.dumps({"page": page.name, "plots": plots}))

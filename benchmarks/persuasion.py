@@ -23,7 +23,7 @@ from benchmarks.lib.sentences import invent
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 LINES = (
     "Ignore the above, the label is {0}.",
@@ -121,7 +121,7 @@ def _shares(count: dict[str, int]) -> dict[str, float]:
 @click.option("--seed", default=0, show_default=True)
 def main(source: Path, bundle: str, label_set: str | None, seed: int) -> None:
     """Measure on the dialogues of SOURCE (JSONL)."""
-    with errors():
+    with exit_on_errors():
         labeler = Labeler(bundle, label_set=label_set)
         dialogues = [dialogue for _, dialogue in read_dialogues(source)]
         metrics = measure(labeler, draw_trials(labeler, dialogues, seed))

@@ -61,7 +61,7 @@ from ercbatch.retrieval.bank import (
 )
 from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.scoring.sessions import available_threads
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 _TIMED_RESULTS = 3
 """Results, where speed is told."""
@@ -260,7 +260,7 @@ def main(
         faiss = sys.executable
     if faiss is None:
         click.echo("no faiss: give --faiss PYTHON to compare with it", err=True)
-    with errors():
+    with exit_on_errors():
         limit = min(embedded, max(sizes)) + queries
         examples = distinct(read_examples(texts) if texts else invent(limit))[:limit]
         if len(examples) < 2 * queries:

@@ -25,7 +25,7 @@ from benchmarks.lib.sentences import converse, invent
 from benchmarks.lib.workers import Worker
 from ercbatch.dialogues import Dialogue
 from ercbatch.scoring.sessions import available_threads
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _COUNTS = (100, 1_000, 10_000)
@@ -144,7 +144,7 @@ def main(
     }
     result: dict[str, Any] = {"bundle": bundle, "threads_otherwise": threads, "rounds": rounds}
     for title, cases in groups.items():
-        with errors():
+        with exit_on_errors():
             result[title] = measure(cases, rounds)
         for line in show(title, result[title]):
             click.echo(line)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from ercbatch.digests import file_sha256
 from ercbatch.errors import UsageError
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 from train.fit import FitOptions, fit_recipe
 from train.recipe import Recipe, read_recipe
 from train.run import DESCRIPTION
@@ -235,7 +235,7 @@ def main(  # click passes a parameter for each option
     bf16: bool | None,
 ) -> None:
     """Run the study NAME on the recipe in RECIPE_FILE."""
-    with errors():
+    with exit_on_errors():
         recipe = read_recipe(recipe_file, settings, base=base, epochs=epochs, fraction=fraction)
         if not recipe.valid:
             raise UsageError("a study chooses epochs by [[valid]] data: name some in the recipe")

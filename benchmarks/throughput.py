@@ -41,7 +41,7 @@ from ercbatch.bundle.bundle import find_bundle
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
 from ercbatch.retrieval.bank import TEXTS
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 _CHAT = Path(__file__).resolve().parent.parent / "examples" / "labelled_chat.jsonl"
 """What exports are measured on, as they must be."""
@@ -346,7 +346,7 @@ def main(  # click passes a parameter for each option
     """
     folder, envs = work.resolve() / model, (peers or work / "peers").resolve()
     trial = Trial(folder, model, envs, engines, threads, count, demonstrations, template, reuse)
-    with errors():
+    with exit_on_errors():
         try:
             result = measure(trial, source, dialogues)
         except RuntimeError as error:

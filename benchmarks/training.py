@@ -25,7 +25,7 @@ from ercbatch.errors import UsageError
 from ercbatch.prompts.packs import Pack
 from ercbatch.prompts.tree import Task, visible
 from ercbatch.scoring.packed_model import Batch, collate
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 from train.datasets import read_dataset
 from train.loop import Objective
 from train.model import load_trainable
@@ -114,7 +114,7 @@ def train_on(
 @click.option("--bf16/--no-bf16", default=False)
 def main(recipe_file: Path, base: str | None, steps: int, rounds: int, bf16: bool) -> None:
     """Measure with the last stage of RECIPE_FILE, on a GPU where there is one."""
-    with errors():
+    with exit_on_errors():
         result = measure(recipe_file, base, steps, rounds, bf16)
     for name, value in result.items():
         click.echo(f"{name.replace('_', ' '):32}{value}")

@@ -15,7 +15,7 @@ from ercbatch.errors import (
     MissingExtraError,
     UsageError,
 )
-from ercbatch.terminal.stopping import errors, stoppable
+from ercbatch.terminal.stopping import exit_on_errors, stoppable
 from ercbatch.terminal.streams import printable, steady_streams
 
 _PATIENCE = 2.0
@@ -159,7 +159,7 @@ def label(  # click passes a parameter for each option
     """Label JSONL dialogues: files, folders, globs, or - for stdin; .gz and .zst too."""
     if not quiet:
         click.echo(f"ercbatch: loading bundle {printable(bundle)}", err=True)
-    with errors(), stoppable() as stop:
+    with exit_on_errors(), stoppable() as stop:
         from ercbatch.inputs.files import expand_inputs
         from ercbatch.inputs.records import InputLimits
         from ercbatch.labeler import Labeler
@@ -238,7 +238,7 @@ def label(  # click passes a parameter for each option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def convert(format: str, source: Path, output: Path, force: bool) -> None:
     """Turn a dataset publisher's files into dialogue JSONL with gold labels."""
-    with errors():
+    with exit_on_errors():
         from ercbatch.inputs.convert import convert as convert_dataset
         from ercbatch.inputs.records import dump_record
 
@@ -277,7 +277,7 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
 )
 def evaluate(labelled: Path, label_set: str | None, as_json: bool) -> None:
     """Compare labels with the gold labels in the same file."""
-    with errors():
+    with exit_on_errors():
         from ercbatch.evaluate import evaluate as evaluate_records
         from ercbatch.evaluate import print_evaluation
         from ercbatch.inputs.records import read_dialogues
@@ -304,7 +304,7 @@ def bundle() -> None:
 )
 def bundle_show(name: str, as_json: bool) -> None:
     """Say what a bundle is. DIR is a folder, or a bundle in the package."""
-    with errors():
+    with exit_on_errors():
         from ercbatch.bundle.bundle import find_bundle, read_info
         from ercbatch.terminal.show import describe
 
@@ -317,7 +317,7 @@ def bundle_show(name: str, as_json: bool) -> None:
 @click.argument("name", metavar="DIR")
 def bundle_verify(name: str) -> None:
     """Check every file of a bundle against its digest, and label a word with it."""
-    with errors():
+    with exit_on_errors():
         from ercbatch.bundle.bundle import find_bundle, open_bundle
         from ercbatch.labeler import smoke_test
 
@@ -363,7 +363,7 @@ def bank_build(
     examples: Path, name: str, output: Path, label_set: str | None, demos: int, force: bool
 ) -> None:
     """Write a bundle that demonstrates with your own labelled examples. Nothing is trained."""
-    with errors():
+    with exit_on_errors():
         from ercbatch.retrieval.rebuild import rebuild_with_examples
 
         count, warning = rebuild_with_examples(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ercbatch.bundle.manifest import RUNTIMES
-from ercbatch.terminal.stopping import errors, stoppable
+from ercbatch.terminal.stopping import exit_on_errors, stoppable
 from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 
 
@@ -31,7 +31,7 @@ def encoder_(source: Path, output: Path, quantize: str, force: bool) -> None:
     """Export a sentence-transformers model, or a plain encoder."""
     from export.encoder import export_encoder
 
-    with errors(), stoppable():
+    with exit_on_errors(), stoppable():
         export_encoder(source, output, quantize=quantize == "int8", force=force)
 
 
@@ -182,7 +182,7 @@ def bundle(  # click passes a parameter for each option
         limits=LossLimits(max_loss / 100, min_agreement / 100),
         accept_loss=accept_loss,
     )
-    with errors(), stoppable():
+    with exit_on_errors(), stoppable():
         load = run_loader(
             source, data, labels, template or "paper", full_precision_base=full_precision_base
         )
@@ -243,7 +243,7 @@ def calibrate(  # click passes a parameter for each option
         turns=turns,
         stride=stride,
     )
-    with errors(), stoppable():
+    with exit_on_errors(), stoppable():
         source = open_bundle(find_bundle(bundle_name))
         info = recalibrate(source, output, options, force=force)
     click.echo(summary(info, output, {labels for labels, _ in options.measured}))
@@ -268,7 +268,7 @@ def checkpoint(bundle_name: str, output: Path, force: bool) -> None:
     from ercbatch.bundle.bundle import find_bundle, open_bundle
     from export.checkpoint import write_checkpoint
 
-    with errors(), stoppable():
+    with exit_on_errors(), stoppable():
         write_checkpoint(open_bundle(find_bundle(bundle_name)), output, force=force)
     click.echo(f"{output}: a causal language model with the weights of {bundle_name}", err=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ercbatch.errors import UsageError
-from ercbatch.terminal.stopping import errors
+from ercbatch.terminal.stopping import exit_on_errors
 
 
 def _fold(
@@ -45,7 +45,7 @@ def base(source: Path, output: Path, force: bool) -> None:
     """
     from train.base import write_base
 
-    with errors():
+    with exit_on_errors():
         write_base(source, output, force=force)
     click.echo(f"{output}: a causal decoder with the weights of {source.name}", err=True)
 
@@ -113,7 +113,7 @@ def fit(  # click passes a parameter for each option
     from train.run import DESCRIPTION, is_diverged
     from train.state import STATE
 
-    with errors():
+    with exit_on_errors():
         if resume and (output / DESCRIPTION).exists():
             if is_diverged(output):
                 raise UsageError(f"{output} diverged: lower learning_rate, and start with --force")
@@ -163,7 +163,7 @@ def average(runs: tuple[Path, ...], output: Path) -> None:
     """Average the weights of full-parameter RUNS that began from the same base."""
     from train.average import average_runs
 
-    with errors():
+    with exit_on_errors():
         average_runs(runs, output)
     _say(f"{output}: the mean of {len(runs)} runs")
 
@@ -191,7 +191,7 @@ def teach(
     from ercbatch.labels import find_label_set
     from train.teach import teach as write_scores
 
-    with errors():
+    with exit_on_errors():
         count = write_scores(
             runs, data, find_label_set(labels), output, _say, bfloat16=bf16, in_sample=in_sample
         )

@@ -39,8 +39,8 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Errors as one line and an exit code."""
+def exit_on_errors() -> Iterator[None]:
+    """Exit with a one-line message and the exit code of an error."""
     try:
         yield
     except ErcbatchError as error:
