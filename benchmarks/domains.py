@@ -30,7 +30,7 @@ from ercbatch.evaluate import Evaluation, evaluation
 from ercbatch.labeler import Labeler
 from ercbatch.labels import LabelSet
 from ercbatch.retrieval.encoder import SentenceEncoder
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from ercbatch.terminal.stopping import exit_on_errors
 from train.datasets import Dataset, read_dataset
 from train.recipe import Recipe, read_recipe

@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from benchmarks.lib.workers import Peak, Worker
-from ercbatch.bundle.manifest import RUNTIMES
+from ercbatch.bundle.manifest import RUNTIME_OF_FORM
 from ercbatch.dialogues import Dialogue
 from ercbatch.errors import UsageError
 from ercbatch.inputs.records import read_dialogues
@@ -174,8 +174,8 @@ def measure(trial: Trial, model: str, forms: Sequence[str]) -> dict[str, Any]:
 def _forms(_: click.Context, __: click.Parameter, value: str) -> list[str]:
     forms = value.split(",")
     for form in forms:
-        if form not in RUNTIMES:
-            raise click.BadParameter(f"{form!r} is not one of {', '.join(RUNTIMES)}")
+        if form not in RUNTIME_OF_FORM:
+            raise click.BadParameter(f"{form!r} is not one of {', '.join(RUNTIME_OF_FORM)}")
     return forms
 
 
@@ -184,7 +184,7 @@ def _forms(_: click.Context, __: click.Parameter, value: str) -> list[str]:
 @click.option("--model", default="qwen2.5-0.5b", show_default=True, help="See shapes.py.")
 @click.option(
     "--forms",
-    default=",".join(form for form in RUNTIMES if form != "optimum"),
+    default=",".join(form for form in RUNTIME_OF_FORM if form != "optimum"),
     show_default=True,
     callback=_forms,
     help="Which, of those of `export bundle --quantize`.",

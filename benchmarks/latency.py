@@ -27,9 +27,9 @@ import numpy as np
 
 from benchmarks.lib.sentences import converse, invent
 from ercbatch.errors import UsageError
-from ercbatch.inputs.records import dump_record, read_dialogues
+from ercbatch.inputs.records import dump_line, read_dialogues
 from ercbatch.labeler import Labeler
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from ercbatch.terminal.stopping import exit_on_errors
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def measure(bundle: str, source: Path, threads: int, cold_runs: int, runs: int) 
     firsts, ends, step_seconds = [], [], []
     with TemporaryDirectory() as folder:
         path = Path(folder, "dialogue.jsonl")
-        path.write_bytes(dump_record(dict(dialogue.record)))
+        path.write_bytes(dump_line(dict(dialogue.record)))
         cold(bundle, path, threads)  # brings the files into memory
         for _ in range(cold_runs):
             first, end = cold(bundle, path, threads)

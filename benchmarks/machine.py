@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 
 _PACKAGES = ("ercbatch", "onnxruntime", "tokenizers", "numpy", "hnswlib", "torch", "transformers")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")

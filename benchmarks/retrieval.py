@@ -60,7 +60,7 @@ from ercbatch.retrieval.bank import (
     text_key,
 )
 from ercbatch.retrieval.encoder import SentenceEncoder
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from ercbatch.terminal.stopping import exit_on_errors
 
 _TIMED_RESULTS = 3

@@ -24,7 +24,7 @@ from benchmarks.lib.options import numbers
 from benchmarks.lib.sentences import converse, invent
 from benchmarks.lib.workers import Worker
 from ercbatch.dialogues import Dialogue
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from ercbatch.terminal.stopping import exit_on_errors
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)

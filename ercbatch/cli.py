@@ -166,7 +166,7 @@ def label(  # click passes a parameter for each option
         from ercbatch.runs.dry_run import dry_run_label
         from ercbatch.runs.output import Files
         from ercbatch.runs.preflight import RunOptions
-        from ercbatch.runs.resume import resumable
+        from ercbatch.runs.resume_advice import advise_resuming
         from ercbatch.runs.run import run_label
 
         def load() -> Labeler:
@@ -210,7 +210,7 @@ def label(  # click passes a parameter for each option
         if dry_run:
             click.echo(dry_run_label(load, options))
             return
-        with resumable(options.output, options.inputs):
+        with advise_resuming(options.output, options.inputs):
             summary = run_label(load, options, stop)
         counts = summary.counts
         if not quiet:
@@ -240,7 +240,7 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
     """Turn a dataset publisher's files into dialogue JSONL with gold labels."""
     with exit_on_errors():
         from ercbatch.inputs.convert import convert as convert_dataset
-        from ercbatch.inputs.records import dump_record
+        from ercbatch.inputs.records import dump_line
 
         part = output.with_name(output.name + ".part")
         for path in (part, output):
@@ -252,7 +252,7 @@ def convert(format: str, source: Path, output: Path, force: bool) -> None:
         try:
             with part.open("wb") as file:
                 for record in convert_dataset(format, source):
-                    file.write(dump_record(record))
+                    file.write(dump_line(record))
                     dialogues += 1
                     utterances += len(record["utterances"])
                     unlabelled += sum("label" not in turn for turn in record["utterances"])

@@ -43,9 +43,20 @@ class Dialogue:
 
     @property
     def turns(self) -> list[Mapping[str, Any]]:
-        """The utterances of the record, as they were read."""
-        turns: list[Mapping[str, Any]] = self.record[turns_key(self.record)]
+        """The utterances of the record."""
+        record = self.to_record()
+        turns: list[Mapping[str, Any]] = record[turns_key(record)]
         return turns
+
+    def to_record(self) -> dict[str, Any]:
+        """The record that the dialogue was read from, or one that says the same."""
+        if self.record:
+            return dict(self.record)
+        turns: list[dict[str, Any]] = []
+        for u in self.utterances:
+            turn: dict[str, Any] = {"speaker": u.speaker, "text": u.text}
+            turns.append(turn if u.label is None else {**turn, "label": u.label})
+        return {"utterances": turns}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +84,7 @@ class LabeledDialogue:
 
         Scores that an earlier labelling gave are not those of these labels: they are left out.
         """
-        record = dict(self.dialogue.record)
-        if not record:
-            turns: list[dict[str, Any]] = []
-            for u in self.dialogue.utterances:
-                turn: dict[str, Any] = {"speaker": u.speaker, "text": u.text}
-                turns.append(turn if u.label is None else {**turn, "label": u.label})
-            record = {"utterances": turns}
+        record = self.dialogue.to_record()
         key = turns_key(record)
         record[key] = [
             {

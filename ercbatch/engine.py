@@ -111,7 +111,7 @@ class Entry(Generic[T]):
     Attributes:
         origin: what the caller knows the item by.
         dialogue: None for an item that only passes through in its place.
-        chunk_start: origin of the first item of the chunk.
+        first_in_chunk: origin of the first item of the chunk.
         index: the item's index in the chunk.
         ends_chunk: whether it is the last item of the chunk.
         unanswered: number of questions without an answer.
@@ -120,7 +120,7 @@ class Entry(Generic[T]):
 
     origin: T
     dialogue: Dialogue | None
-    chunk_start: T
+    first_in_chunk: T
     index: int
     ends_chunk: bool
     unanswered: int = 0
@@ -173,7 +173,7 @@ class Engine:
         pending: dict[int, Entry[T]] = {}
         next_number = written
         packs = _prefetch(self._steps(items, written), _PREFETCHED_PACKS)
-        for entries, answers in in_order(self._answer, packs, self.scorer.parallel_packs):
+        for entries, answers in in_order(self._score, packs, self.scorer.parallel_packs):
             for entry in entries:
                 pending[next_number] = entry
                 next_number += 1
@@ -195,7 +195,7 @@ class Engine:
             if step.pack is not None:
                 yield step.pack
 
-    def _answer(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
+    def _score(self, step: _Step[T]) -> tuple[list[Entry[T]], list[Answer]]:
         if step.pack is None:
             return step.entries, []
         with foreign_errors(BundleError, "the model is not what it should be", _ADVICE):
@@ -262,10 +262,10 @@ def _entries(items: Iterable[tuple[T, Dialogue | None]]) -> Iterator[Entry[T]]:
     index = size = 0
     for origin, dialogue in items:
         if index == 0:
-            chunk_start = origin
+            first_in_chunk = origin
         size += dialogue.size if dialogue is not None else 0
         ends_chunk = index + 1 == _CHUNK_ITEMS or size >= _CHUNK_BYTES
-        yield Entry(origin, dialogue, chunk_start, index, ends_chunk)
+        yield Entry(origin, dialogue, first_in_chunk, index, ends_chunk)
         index, size = (0, 0) if ends_chunk else (index + 1, size)
 
 

@@ -76,9 +76,12 @@ class RecordError(ErcbatchError):
     """
 
     def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(code, reason)
         self.code = code
         self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class BundleError(ErcbatchError):

@@ -22,7 +22,7 @@ from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Renderer
 from ercbatch.retrieval.retriever import open_retriever
 from ercbatch.scoring.runtimes import AUTO, check_runtime, open_scorer
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 
 T = TypeVar("T")
 _PACKAGES = ("emoji", "numpy", "orjson", "tokenizers", "zstandard")
@@ -128,7 +128,7 @@ class Labeler:
         """Package -> release, of those that an output depends on, as a run's manifest records."""
         packages = {*_PACKAGES, *self.engine.scorer.packages}
         if self.engine.retriever is not None:
-            packages |= {"hnswlib", "onnxruntime"}
+            packages |= set(self.engine.retriever.packages)
         installed = {name: version(name) for name in ("ercbatch", *sorted(packages))}
         return {
             **installed,
@@ -163,11 +163,11 @@ class Labeler:
             labeled = None
             if entry.dialogue is not None:
                 count = len(entry.dialogue.utterances)
-                answers = tuple(self._answer(entry.rows.get(t)) for t in range(count))
+                answers = tuple(self._utterance_label(entry.rows.get(t)) for t in range(count))
                 labeled = LabeledDialogue(entry.dialogue, answers)
             yield entry, labeled
 
-    def _answer(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
+    def _utterance_label(self, probabilities: npt.NDArray[np.float64] | None) -> UtteranceLabel:
         if probabilities is None:
             return UtteranceLabel(None, None)
         if not np.isfinite(probabilities).all():

@@ -1,5 +1,5 @@
 """Trained models to bundles: merge, trace, quantize, measure, write."""
 
-from ercbatch.scoring.kernels import hide_kernels
+from ercbatch.scoring.hidden_kernels import hide_kernels
 
 hide_kernels()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ercbatch.bundle.manifest import RUNTIMES
+from ercbatch.bundle.manifest import RUNTIME_OF_FORM
 from ercbatch.terminal.stopping import exit_on_errors, stoppable
 from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
 
@@ -52,7 +52,7 @@ def encoder_(source: Path, output: Path, quantize: str, force: bool) -> None:
 @click.option(
     "--quantize",
     "form",
-    type=click.Choice(list(RUNTIMES)),
+    type=click.Choice(list(RUNTIME_OF_FORM)),
     default="int8",
     show_default=True,
     help="fp32, int8 and int4 are ONNX graphs; nf4 and bnb-int8 need torch and bitsandbytes where "

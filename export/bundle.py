@@ -28,7 +28,7 @@ from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.runtimes import open_model
 from ercbatch.scoring.scorer import Scorer
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.forms import describe_form, need_libraries, sample_size, save_merged, write_form
 from export.model import fitting_dtype, traced_attention

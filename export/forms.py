@@ -10,6 +10,7 @@ import onnx
 from transformers import AutoTokenizer
 
 from ercbatch.bundle import manifest
+from ercbatch.bundle.manifest import RUNTIME_OF_FORM
 from ercbatch.errors import MissingExtraError
 from ercbatch.prompts.packs import Pack
 from ercbatch.scoring.checkpoints import save_tokenizer
@@ -18,11 +19,11 @@ from export.graph.attention import sum_softmax_in_double
 from export.graph.fusions import fuse_rotations
 from export.graph.nodes import data_file
 from export.model import trace_scorer
+from export.optimum_form import export_optimum, import_optimum
 from export.quantize.int4 import quantize_products_to_4_bits
 from export.quantize.int8 import probe, quantize_lookups, quantize_products
 from export.quantize.statistics import module_inputs
 from export.quantize.targets import SAFE_TARGET, WEIGHT_RANGE
-from export.standard import export_standard, import_optimum
 from train.run import LoadedRun
 
 _MAX_SAMPLED_PARAMETERS = 2_000_000_000
@@ -56,7 +57,7 @@ def need_libraries(form: str) -> None:
     """
     if form == "optimum":
         import_optimum()
-    elif form not in _PARAMETER_BYTES:
+    elif RUNTIME_OF_FORM[form] == "bnb":
         try:
             import export.bnb  # noqa: F401
         except ImportError as error:
@@ -83,11 +84,13 @@ def write_form(
     elif form == "optimum":
         with TemporaryDirectory(dir=folder) as checkpoint:
             save_merged(run, Path(checkpoint))
-            export_standard(Path(checkpoint), folder)
-    else:
+            export_optimum(Path(checkpoint), folder)
+    elif RUNTIME_OF_FORM[form] == "bnb":
         from export.bnb import write_bnb
 
         write_bnb(run.model, folder, form)
+    else:
+        raise NotImplementedError(form)
 
 
 def save_merged(run: LoadedRun, folder: Path) -> None:

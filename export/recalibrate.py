@@ -16,7 +16,7 @@ from ercbatch.bundle.metrics import Quality
 from ercbatch.engine import Engine
 from ercbatch.labeler import Labeler
 from ercbatch.retrieval.retriever import open_retriever
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from export.proof.calibration import (
     Calibrated,
     Scaling,

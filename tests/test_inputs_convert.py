@@ -12,7 +12,7 @@ import pytest
 from ercbatch import cli
 from ercbatch.dialogues import parse_dialogue
 from ercbatch.errors import InputError, UsageError
-from ercbatch.inputs.convert import FORMATS, convert, decode
+from ercbatch.inputs.convert import PUBLISHERS, convert, decode
 from ercbatch.labels import label_set
 
 # With Windows-1252 as a byte and as a C1 control, and with a dialogue out of order.
@@ -28,7 +28,7 @@ MELD = (
 
 def records(format: str, source: Path) -> list[dict[str, Any]]:
     found = list(convert(format, source))
-    own = set(label_set(FORMATS[format].labels).labels)
+    own = set(label_set(PUBLISHERS[format].labels).labels)
     for record in found:
         labels = {u.label for u in parse_dialogue(record).utterances}
         assert labels <= own | {None}
@@ -43,7 +43,7 @@ def write(path: Path, data: bytes | str) -> Path:
 
 def test_the_command_line_offers_the_formats() -> None:
     # The command line may not import the converters before it runs one, so it names them itself.
-    assert tuple(FORMATS) == cli._PUBLISHERS
+    assert tuple(PUBLISHERS) == cli._PUBLISHERS
 
 
 @pytest.mark.parametrize(

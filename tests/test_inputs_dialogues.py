@@ -132,3 +132,11 @@ def test_a_dialogue_made_in_python_is_written_as_utterances() -> None:
             {"speaker": "", "text": "b", "emotion": None, "confidence": 0.1},
         ]
     }
+
+
+def test_a_dialogue_made_in_python_has_turns() -> None:
+    dialogue = Dialogue((Utterance("Hi.", "Ana"), Utterance("Hello.", "", "joy")))
+    assert dialogue.turns == [
+        {"speaker": "Ana", "text": "Hi."},
+        {"speaker": "", "text": "Hello.", "label": "joy"},
+    ]

@@ -30,7 +30,7 @@ from ercbatch.inputs.records import (
     Reader,
     Record,
     Reject,
-    dump_record,
+    dump_line,
     read_dialogues,
 )
 
@@ -67,7 +67,7 @@ def test_a_bad_line_is_a_reject_and_the_next_one_is_read(
     path = write(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
     (before, bad, after), _ = read(path)
     assert before.dialogue == after.dialogue
-    record = orjson.loads(dump_record(reject_of(bad)))
+    record = orjson.loads(dump_line(reject_of(bad)))
     assert record["code"] == code
     assert record["reason"]
     assert (record["file"], record["line"], record["byte"]) == (str(path), 2, len(GOOD) + 1)
@@ -114,13 +114,13 @@ def test_other_fields_are_written_as_they_were_read(tmp_path: Path) -> None:
         b'"s":"123456789012345678901234567890","utterances":[{"t":[1.5,null,{}],"text":"\xc3\xa9"}]}\n'
     )
     (item,), _ = read(write(tmp_path, line))
-    assert dump_record(dialogue_of(item).record) == line
+    assert dump_line(dialogue_of(item).record) == line
 
 
 def test_whatever_nesting_is_accepted_can_be_written(tmp_path: Path) -> None:
     lines = [with_field(b"[" * depth + b"]" * depth) for depth in range(240, 260)]
     records, _ = read(write(tmp_path, b"\n".join(lines)))
-    written = [dump_record(r.dialogue.record) for r in records if r.dialogue is not None]
+    written = [dump_line(r.dialogue.record) for r in records if r.dialogue is not None]
     assert 0 < len(written) < len(records)
     assert written == [line + b"\n" for line in lines[: len(written)]]
 
@@ -172,7 +172,7 @@ def test_a_file_in_utf_16_is_one_reject(tmp_path: Path, encoding: str) -> None:
 def lines(count: int) -> bytes:
     noise = random.Random(1)
     return b"".join(
-        dump_record({"utterances": [{"text": noise.randbytes(30).hex()}]}) for _ in range(count)
+        dump_line({"utterances": [{"text": noise.randbytes(30).hex()}]}) for _ in range(count)
     )
 
 
@@ -236,7 +236,7 @@ def test_a_file_name_need_not_be_utf_8(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     (record,) = Reader([path])
-    assert b"caf\xef\xbf\xbd.jsonl" in dump_record(reject_of(record))
+    assert b"caf\xef\xbf\xbd.jsonl" in dump_line(reject_of(record))
 
 
 def test_expands_folders_globs_and_stdin(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from helpers.commands import ROOT
 
 from ercbatch import Labeler
 from ercbatch import cli as command
-from ercbatch.bundle.manifest import MAX_DEMONSTRATIONS
+from ercbatch.bundle.manifest import MAX_DEMONSTRATIONS, RUNTIME_OF_FORM
 from ercbatch.inputs.records import DEFAULT_LIMITS, InputLimits
+from ercbatch.scoring.runtimes import AUTO
 
 GOOD = b'{"id": 7, "mood": {"a": [1]}, "utterances": [{"text": "it is gone", "x": 1}]}\n'
 
@@ -109,6 +110,9 @@ def test_the_command_line_has_the_limits_of_what_it_runs() -> None:
     defaults = {o.name: o.default for o in options if isinstance(o.default, int)}
     names = ("max_line_bytes", "max_turns", "max_characters", "max_file_bytes")
     assert InputLimits(*(defaults[name] for name in names)) == DEFAULT_LIMITS
+    (runtime,) = (option.type for option in options if option.name == "runtime")
+    assert isinstance(runtime, click.Choice)
+    assert set(runtime.choices) == {AUTO, *RUNTIME_OF_FORM.values()}
     for subcommand in (command.label, command.bank.commands["build"]):
         (demos,) = (option.type for option in subcommand.params if option.name == "demos")
         assert isinstance(demos, click.IntRange)

@@ -16,7 +16,7 @@ from ercbatch import Labeler
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.engine import in_order
 from ercbatch.inputs.records import read_dialogues
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -120,7 +120,7 @@ def test_resuming_after_any_item_changes_no_number(
     assert [entry.origin for entry, _ in whole] == list(range(1400))
     for done in (0, 150, 199, 255, 256, 400, 690, 850, 1399):
         last = whole[done][0]
-        rest = labeler.label_items(given[last.chunk_start :], last.index + 1)
+        rest = labeler.label_items(given[last.first_in_chunk :], last.index + 1)
         assert [(e.origin, d) for e, d in rest] == [(e.origin, d) for e, d in whole[done + 1 :]]
 
 

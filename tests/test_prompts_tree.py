@@ -87,7 +87,7 @@ def check_against_separate_prompts(
         assert packed.tokens[sees[index]].tolist() == alone
         assert packed.positions[sees[index]].tolist() == list(range(len(alone)))
         answered.add((read.question, read.choice))
-    expected = {(q, c) for q in asked for c in range(len(renderer.answers(q, dialogue).choices))}
+    expected = {(q, c) for q in asked for c in range(len(renderer.trie_for(q, dialogue).choices))}
     assert answered == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import ercbatch
@@ -55,3 +56,8 @@ def test_exit_codes() -> None:
     assert errors.ResumableOutputError.exit_code == errors.RESUMABLE
     codes = {errors.ErcbatchError: 1, errors.UsageError: 2, errors.InputError: 4}
     assert {each: each.exit_code for each in codes} == codes
+
+
+def test_record_errors_cross_process_borders() -> None:
+    error = pickle.loads(pickle.dumps(errors.RecordError("json", "not JSON")))
+    assert (error.code, error.reason, str(error)) == ("json", "not JSON", "not JSON")

@@ -51,7 +51,7 @@ def test_the_accuracy_of_the_speakers_is_that_of_single_prompts(bert: Path) -> N
     for one in scenes:
         for question in speaker_questions(one):
             (tree,) = renderer.trees(one.dialogue, [question])
-            trie = renderer.answers(question, one.dialogue)
+            trie = renderer.trie_for(question, one.dialogue)
             scorer = TorchScorer(packed, trie.tokens)
             ((_, t, logs),) = scorer.answers(join([(0, tree)]), trie)
             right.append(int(logs.argmax()) == speaker_numbers(one.dialogue)[t])

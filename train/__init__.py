@@ -1,5 +1,5 @@
 """LoRA and full-parameter multi-task training of causal language models on dialogues."""
 
-from ercbatch.scoring.kernels import hide_kernels
+from ercbatch.scoring.hidden_kernels import hide_kernels
 
 hide_kernels()

@@ -23,7 +23,7 @@ from ercbatch.retrieval.encoder import SentenceEncoder
 from ercbatch.retrieval.retriever import Retriever
 from ercbatch.scoring.checkpoints import check_config, load_causal_lm, save_tokenizer
 from ercbatch.scoring.packed_model import PackedModel
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 from train.curves import write_curves
 from train.datasets import Dataset, read_dataset, share, without_overlap
 from train.loop import DivergedError, Fitting, Hooks

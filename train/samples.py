@@ -138,7 +138,7 @@ class Sampler:
         tries = [renderer.trie for renderer in self._renderers.values()]
         if Task.SPEAKER.value in recipe.tasks:
             tries += [
-                self._renderers[i, False].answers(question, scene.dialogue)
+                self._renderers[i, False].trie_for(question, scene.dialogue)
                 for i, dataset in enumerate(datasets)
                 for scene in dataset.scenes
                 for question in speaker_questions(scene)[:1]
@@ -231,7 +231,7 @@ class Sampler:
         tasks = torch.zeros(len(reads), dtype=torch.long)
         for row, (owner, read) in enumerate(reads):
             i, scene = drawn_scenes[owner]
-            trie = self._renderers[i, False].answers(read.question, scene.dialogue)
+            trie = self._renderers[i, False].trie_for(read.question, scene.dialogue)
             choice = trie.choices[read.choice]
             options[row, [self._column[token] for token in choice.options]] = True
             tasks[row] = TASKS.index(read.question.task)

@@ -25,7 +25,7 @@ from ercbatch.dialogues import Dialogue, turns_key
 from ercbatch.digests import file_sha256
 from ercbatch.engine import Engine
 from ercbatch.errors import UsageError
-from ercbatch.inputs.records import dump_record, read_dialogues
+from ercbatch.inputs.records import dump_line, read_dialogues
 from ercbatch.labels import LabelSet
 from ercbatch.prompts.tree import Renderer
 from ercbatch.scoring.torch_scorer import TorchScorer
@@ -81,7 +81,7 @@ def teach(
         )
     with output.open("wb") as file:
         for dialogue, rows, count in zip(dialogues, sums, teachers, strict=True):
-            file.write(dump_record(_scored(dialogue, rows, int(count), labels)))
+            file.write(dump_line(_scored(dialogue, rows, int(count), labels)))
     return len(dialogues)
 
 

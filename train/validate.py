@@ -60,7 +60,7 @@ def speaker_accuracy(
     for scene in dataset.scenes:
         questions = speaker_questions(scene)
         if questions:
-            trie = renderer.answers(questions[0], scene.dialogue)
+            trie = renderer.trie_for(questions[0], scene.dialogue)
             by_trie.setdefault(trie, []).append(scene)
     correct = []
     for trie, scenes in by_trie.items():

@@ -22,7 +22,7 @@ in tiles, and take more inputs. 1.3: `bundle.json` has a digest of itself.
 1.4 adds `label_offsets`. 1.5: `quality` is a list, in which label set and dataset are apart.
 """
 
-RUNTIMES = {
+RUNTIME_OF_FORM = {
     "fp32": "onnx",
     "int8": "onnx",
     "int4": "onnx",
@@ -81,7 +81,7 @@ class BundleInfo:
     temperatures: Mapping[str, float]
     """Label set name -> temperature fitted on validation data."""
     form: str
-    """One of `RUNTIMES`."""
+    """A key of `RUNTIME_OF_FORM`."""
     quantization: str
     """The same for people, in more words."""
     base: str
@@ -179,7 +179,7 @@ class BundleInfo:
         }
         if not values["label_sets"]:
             raise KeyError("label_sets")
-        if values["form"] not in RUNTIMES:
+        if values["form"] not in RUNTIME_OF_FORM:
             raise ValueError(f"form {values['form']!r}")
         return cls(**values)
 

@@ -21,7 +21,7 @@ JsonRecord = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class Publisher:
     """A publisher's format: the label set its labels belong to, and its reader."""
 
     labels: str
@@ -35,10 +35,10 @@ def convert(name: str, source: Path) -> Iterator[JsonRecord]:
         UsageError: no such format.
         InputError: the source is missing or not of that format.
     """
-    if name not in FORMATS:
-        raise UsageError(f"no format {name!r}: choose from {', '.join(FORMATS)}")
-    format_ = FORMATS[name]
-    return format_.read(source, label_set(format_.labels))
+    if name not in PUBLISHERS:
+        raise UsageError(f"no format {name!r}: choose from {', '.join(PUBLISHERS)}")
+    publisher = PUBLISHERS[name]
+    return publisher.read(source, label_set(publisher.labels))
 
 
 def decode(data: bytes) -> str:
@@ -294,11 +294,11 @@ def _iemocap(path: Path, labels: LabelSet) -> Iterator[JsonRecord]:
         )
 
 
-FORMATS: Mapping[str, Format] = {
-    "meld": Format("meld", _meld),
-    "emorynlp": Format("emorynlp", _emorynlp),
-    "iemocap": Format("iemocap", _iemocap),
-    "goemotions": Format("ekman", _goemotions),
-    "topical-chat": Format("topical-chat", _topical_chat),
-    "xed": Format("plutchik", _xed),
+PUBLISHERS: Mapping[str, Publisher] = {
+    "meld": Publisher("meld", _meld),
+    "emorynlp": Publisher("emorynlp", _emorynlp),
+    "iemocap": Publisher("iemocap", _iemocap),
+    "goemotions": Publisher("ekman", _goemotions),
+    "topical-chat": Publisher("topical-chat", _topical_chat),
+    "xed": Publisher("plutchik", _xed),
 }

@@ -16,9 +16,10 @@ import zstandard
 from ercbatch.errors import InputError, UnreadableError, UsageError
 
 STDIN = "-"
-MANIFEST, REJECTS = ".manifest.json", ".rejects.jsonl"
+MANIFEST_ENDING, REJECTS_ENDING = ".manifest.json", ".rejects.jsonl"
 """What a run writes beside its output is named after it, with these endings."""
-_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
+PLAIN_ENDINGS = (".jsonl", ".ndjson")
+_ENDINGS = tuple(e + packed for packed in ("", ".gz", ".zst") for e in PLAIN_ENDINGS)
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = b"\x2a\x4d\x18"
 """After 0x50 to 0x5f: a Zstandard frame that holds no content, as pzstd begins with."""
@@ -54,8 +55,8 @@ def _expand(name: str, outputs: Sequence[Path]) -> list[str]:
 
     def is_input(path: Path) -> bool:
         return (
-            not path.name.endswith(REJECTS)
-            and not path.with_name(path.name + MANIFEST).exists()
+            not path.name.endswith(REJECTS_ENDING)
+            and not path.with_name(path.name + MANIFEST_ENDING).exists()
             and path.is_file()
             and not any(output.exists() and output.samefile(path) for output in outputs)
         )

@@ -188,7 +188,9 @@ class Reader:
         if size > self._limits.line_bytes:
             reason = f"the line has over {self._limits.line_bytes:,} bytes"
             raise RecordError("too_long", reason)
-        return _parse(line, self._limits)
+        dialogue = replace(parse_dialogue(_parse_json(line)), size=len(line))
+        _check_limits(dialogue, self._limits)
+        return dialogue
 
 
 def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
@@ -206,12 +208,12 @@ def read_dialogues(path: Path) -> Iterator[tuple[int, Dialogue]]:
         yield record.end.line, record.dialogue
 
 
-def dump_record(record: object) -> bytes:
+def dump_line(record: object) -> bytes:
     """A record as a JSON line."""
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _parse(line: bytes, limits: InputLimits) -> Dialogue:
+def _parse_json(line: bytes) -> object:
     try:
         value = orjson.loads(line.rstrip(b"\r\n"))
     except orjson.JSONDecodeError as error:
@@ -226,14 +228,16 @@ def _parse(line: bytes, limits: InputLimits) -> Dialogue:
         raise RecordError("too_deep", f"values nested over {_MAX_DEPTH} levels")
     if _LONG_NUMBER.search(line) and _has_large_float(value):
         json.loads(line, parse_int=_check_integer)
-    dialogue = replace(parse_dialogue(value), size=len(line))
+    return value
+
+
+def _check_limits(dialogue: Dialogue, limits: InputLimits) -> None:
     if len(dialogue.utterances) > limits.turns:
         raise RecordError("too_many_turns", f"the dialogue has over {limits.turns:,} turns")
     for turn, utterance in enumerate(dialogue.utterances, start=1):
         if len(utterance.text) > limits.characters:
             reason = f"turn {turn}: its text has over {limits.characters:,} characters"
             raise RecordError("text_too_long", reason)
-    return dialogue
 
 
 def _depth_exceeds(value: object, limit: int) -> bool:

@@ -166,7 +166,7 @@ class Renderer:
         sequences = [self.tokenizer.encode_template(answer) for answer in answers]
         return answer_trie(sequences, self.tokenizer.controls.separator)
 
-    def answers(self, question: Question, dialogue: Dialogue) -> AnswerTrie:
+    def trie_for(self, question: Question, dialogue: Dialogue) -> AnswerTrie:
         """The trie that a question of this dialogue is answered from."""
         if question.task is not Task.SPEAKER:
             return self.trie
@@ -222,7 +222,7 @@ class Renderer:
         `start` is the first turn in view; by default the window's rule gives it (which a prompt
         over `max_tokens` overrides: see `Renderer.starts`).
         """
-        path = self.answers(question, dialogue).choices[choice].path
+        path = self.trie_for(question, dialogue).choices[choice].path
         scene = _DialoguePrompts(self, dialogue)
         if question.task is Task.SPEAKER:
             return [*self.speaker_head, *scene.branch(question), *path]
@@ -297,7 +297,7 @@ class _DialoguePrompts:
 
     def _hang(self, question: Question, branch: list[int]) -> Segment:
         """The segment of a question, with a sub-branch for every further choice of its trie."""
-        choices = self._renderer.answers(question, self._dialogue).choices
+        choices = self._renderer.trie_for(question, self._dialogue).choices
         if not choices:
             raise UsageError("a question needs at least two possible answers")
         root = Segment(branch + list(choices[0].path), read=Read(question, 0))

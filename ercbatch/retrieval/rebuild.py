@@ -11,7 +11,7 @@ from ercbatch.bundle.folders import check_output
 from ercbatch.bundle.manifest import CARD, CARD_JSON, MANIFEST, BundleInfo
 from ercbatch.retrieval.bank import INDEX, TEXTS, VECTORS, build_bank, read_examples
 from ercbatch.retrieval.retriever import open_retriever
-from ercbatch.scoring.sessions import available_threads
+from ercbatch.scoring.threads import available_threads
 
 
 def rebuild_with_examples(

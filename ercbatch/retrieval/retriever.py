@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle, wrap_file_errors
@@ -14,7 +15,13 @@ from ercbatch.retrieval.encoder import SentenceEncoder
 
 @dataclass(frozen=True, slots=True)
 class Retriever:
-    """Finds demonstrations for utterances."""
+    """Finds demonstrations for utterances.
+
+    Attributes:
+        packages: names of the packages that find them, whose releases a run's manifest records.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ("hnswlib", "onnxruntime")
 
     encoder: SentenceEncoder
     bank: DemonstrationBank

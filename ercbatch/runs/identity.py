@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ercbatch.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from ercbatch.bundle.manifest import MANIFEST as MANIFEST
 from ercbatch.digests import file_sha256
 from ercbatch.errors import InputError, UsageError
 from ercbatch.inputs.files import decode_name
@@ -19,8 +19,8 @@ from ercbatch.runs.output import Files
 from ercbatch.runs.preflight import RunOptions, can_reread
 
 
-class Inputs:
-    """What the inputs are; those that can be read again are read for their digests."""
+class InputSnapshot:
+    """The inputs as they are now; those that can be read again are read for their digests."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.description: list[dict[str, str | int]] = []
@@ -45,7 +45,7 @@ class Inputs:
         """Whether all of them can be read again."""
         return len(self._statuses) == len(self.description)
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """See that they are still the same.
 
         Raises:
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def identity_of(
-    labeler: Labeler, options: RunOptions, files: Files, inputs: Inputs
+    labeler: Labeler, options: RunOptions, files: Files, inputs: InputSnapshot
 ) -> dict[str, Any]:
     """What the bytes of an output depend on: a run that goes on has the same."""
     bundle = labeler.bundle
@@ -74,7 +74,7 @@ def identity_of(
         "inputs": inputs.description,
         "bundle": {
             "name": bundle.info.name,
-            "sha256": file_sha256(bundle.folder / BUNDLE_MANIFEST),
+            "sha256": file_sha256(bundle.folder / MANIFEST),
         },
         "options": {**labeler.options(), **asdict(options.limits)},
         "rejects": decode_name(str(files.rejects)),

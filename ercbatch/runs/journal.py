@@ -133,6 +133,11 @@ class Journal:
             os.close(self._file)
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
 
+    @property
+    def has_run(self) -> bool:
+        """Whether the journal is of a run, which is then not complete."""
+        return self.identity is not None
+
     def _read(self) -> int:
         """Take in all whole lines; where they end."""
         end = 0

@@ -19,8 +19,8 @@ from ercbatch.checked import mapping
 from ercbatch.dialogues import LabeledDialogue
 from ercbatch.digests import file_sha256
 from ercbatch.errors import OutputError
-from ercbatch.inputs.files import MANIFEST, REJECTS, decode_name
-from ercbatch.inputs.records import Reject, dump_record
+from ercbatch.inputs.files import MANIFEST_ENDING, REJECTS_ENDING, decode_name
+from ercbatch.inputs.records import Reject, dump_line
 from ercbatch.runs.appended import AppendedFile, put_in_place
 from ercbatch.runs.journal import Commit, Journal, ResumePoint
 from ercbatch.terminal.streams import printable
@@ -40,7 +40,7 @@ class Files:
     @classmethod
     def of(cls, output: Path, rejects: Path | None) -> Files:
         """Those of an output; rejects have a place of their own, or are beside it."""
-        return cls(output, rejects or output.with_name(output.name + REJECTS))
+        return cls(output, rejects or output.with_name(output.name + REJECTS_ENDING))
 
     @property
     def part(self) -> Path:
@@ -55,12 +55,12 @@ class Files:
     @property
     def manifest(self) -> Path:
         """What was labelled, with what, and what it came to."""
-        return self._beside(MANIFEST)
+        return self._beside(MANIFEST_ENDING)
 
     @property
     def unfinished_manifest(self) -> Path:
         """The manifest until it is whole."""
-        return self._beside(MANIFEST + _PART)
+        return self._beside(MANIFEST_ENDING + _PART)
 
     def earlier_outputs(self) -> tuple[Path, ...]:
         """What a run has left here: no input, though it be in an input folder."""
@@ -112,7 +112,7 @@ class StreamOutput:
         if self._console is not None:
             print_dialogue(self._console, labeled)
             return
-        sys.stdout.buffer.write(dump_record(labeled.to_record()))
+        sys.stdout.buffer.write(dump_line(labeled.to_record()))
         sys.stdout.buffer.flush()
 
     def reject(self, reject: Reject, point: ResumePoint) -> None:
@@ -121,7 +121,7 @@ class StreamOutput:
             print_reject(reject)
         if self._rejects is None:
             return
-        self._rejects.add(dump_record(reject))
+        self._rejects.add(dump_line(reject))
         self._rejects.flush()
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class FileOutput:
         Raises:
             OSError, OutputError: it, or what was written before, cannot be brought to the disk.
         """
-        self._add(self._output, dump_record(labeled.to_record()), point)
+        self._add(self._output, dump_line(labeled.to_record()), point)
 
     def reject(self, reject: Reject, point: ResumePoint) -> None:
         """See `Output.reject`.
@@ -183,7 +183,7 @@ class FileOutput:
         """
         if reject.ends_file:
             print_reject(reject)
-        self._add(self._rejects, dump_record(reject), point)
+        self._add(self._rejects, dump_line(reject), point)
 
     def _add(self, file: AppendedFile, line: bytes, point: ResumePoint) -> None:
         if self._failure is not None:

@@ -55,7 +55,7 @@ def check_files(files: Files, options: RunOptions) -> None:
             raise UsageError(
                 f"{path} is no file, or a link: choose another --output, or none for stdout"
             )
-    check_rejects(files.rejects, options, always=True)
+    check_rejects(files.rejects, options, may_exist=True)
     resolved = [path.parent.resolve() / path.name for path in paths]
     if files.rejects.parent.resolve() / files.rejects.name in resolved:
         raise UsageError(f"{files.rejects} is written otherwise: choose another --rejects")
@@ -73,10 +73,10 @@ def _is_irregular(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and not path.is_file())
 
 
-def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> None:
+def check_rejects(path: Path, options: RunOptions, *, may_exist: bool = False) -> None:
     """Check that rejects can be written to `path`.
 
-    It must not be an input. It must not exist, except with --force or `always`.
+    It must not be an input. It must not exist, except with --force or where it `may_exist`.
 
     Raises:
         UsageError: they cannot be written there.
@@ -88,7 +88,7 @@ def check_rejects(path: Path, options: RunOptions, *, always: bool = False) -> N
         raise UsageError(f"{path} is no file, or a link: choose another --rejects")
     if any(name != STDIN and path.samefile(name) for name in options.inputs):
         raise UsageError(f"{path} is also an input: choose another --rejects")
-    if not (always or options.force):
+    if not (may_exist or options.force):
         raise UsageError(f"{path} exists: choose another --rejects, or give --force")
 
 

@@ -20,10 +20,10 @@ from ercbatch.errors import (
     ResumableOutputError,
     UsageError,
 )
-from ercbatch.inputs.files import decode_name
+from ercbatch.inputs.files import PLAIN_ENDINGS, decode_name
 from ercbatch.inputs.records import Reader, Record
 from ercbatch.labeler import Labeler
-from ercbatch.runs.identity import Inputs, check_same, find_differences, identity_of
+from ercbatch.runs.identity import InputSnapshot, check_same, find_differences, identity_of
 from ercbatch.runs.journal import Counts, Journal, ResumePoint
 from ercbatch.runs.output import FileOutput, Files, Output, StreamOutput, complete
 from ercbatch.runs.preflight import (
@@ -80,7 +80,7 @@ def run_label(
                 f"{files.journal} is no journal, or its beginning was altered: move it (and "
                 f"{files.part}), or begin anew with --force"
             )
-        refuse_overwrite(files, options, stopped=journal.identity is not None)
+        refuse_overwrite(files, options, stopped=journal.has_run)
         try:
             return _label_to_files(load(), options, files, journal, stop)
         except OSError as error:
@@ -96,9 +96,9 @@ def run_label(
 def _label_to_files(
     labeler: Labeler, options: RunOptions, files: Files, journal: Journal, stop: Stopper
 ) -> RunSummary:
-    inputs = Inputs(options.inputs)
+    inputs = InputSnapshot(options.inputs)
     identity = identity_of(labeler, options, files, inputs)
-    stopped = journal.identity is not None
+    stopped = journal.has_run
     if options.resume and (stopped or files.output.exists()):
         if not inputs.rereadable:
             raise UsageError(
@@ -126,7 +126,7 @@ def _label_to_files(
         with stop.shield():
             output.close()
     try:
-        inputs.check()
+        inputs.check_unchanged()
     except InputError:
         journal.begin(identity)  # else a run over what they were would go on from here
         raise
@@ -168,7 +168,7 @@ def _label(
                     utterances=counts.utterances + utterances,
                 )
                 seconds = start.seconds + progress.seconds
-                point = ResumePoint(entry.chunk_start.start, entry.index + 1, counts, seconds)
+                point = ResumePoint(entry.first_in_chunk.start, entry.index + 1, counts, seconds)
                 if labeled is not None:
                     output.write(labeled, point)
                 elif record.reject is not None:
@@ -189,7 +189,7 @@ class _ByteProgress(Progress):
 
     def __init__(self, options: RunOptions) -> None:
         plain = can_reread(options.inputs) and all(
-            name.endswith(("jsonl", "ndjson")) for name in options.inputs
+            name.endswith(PLAIN_ENDINGS) for name in options.inputs
         )
         sizes = [Path(name).stat().st_size for name in options.inputs] if plain else []
         self._offsets = [sum(sizes[:source]) for source in range(len(options.inputs))]

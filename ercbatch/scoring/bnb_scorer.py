@@ -22,7 +22,7 @@ from ercbatch.errors import BundleError, UsageError
 from ercbatch.prompts.answers import AnswerHead, FloatArray
 from ercbatch.prompts.packs import Pack, split
 from ercbatch.scoring.checkpoints import refuse_code
-from ercbatch.scoring.kernels import hidden_kernels
+from ercbatch.scoring.hidden_kernels import hidden_kernels
 from ercbatch.scoring.packed_model import PackedModel
 from ercbatch.scoring.torch_scorer import TorchScorer
 

@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 
 from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import Bundle
-from ercbatch.bundle.manifest import RUNTIMES
+from ercbatch.bundle.manifest import RUNTIME_OF_FORM
 from ercbatch.errors import BundleError, MissingExtraError, UsageError
 from ercbatch.prompts.answers import AnswerHead
 from ercbatch.scoring.onnx_scorer import OnnxScorer, check_full_range
+from ercbatch.scoring.optimum_scorer import OptimumScorer
 from ercbatch.scoring.scorer import Scorer
-from ercbatch.scoring.standard_scorer import StandardScorer
 
 AUTO = "auto"
 
@@ -27,9 +27,9 @@ def check_runtime(bundle: Bundle, runtime: str) -> None:
         UsageError: it is not.
     """
     form = bundle.info.form
-    form_runtime = RUNTIMES[form]
+    form_runtime = RUNTIME_OF_FORM[form]
     if runtime not in (AUTO, form_runtime):
-        forms = " or ".join(name for name, other in RUNTIMES.items() if other == runtime)
+        forms = " or ".join(name for name, other in RUNTIME_OF_FORM.items() if other == runtime)
         raise UsageError(
             f"bundle {bundle.info.name!r} is {form}, which the runtime {form_runtime} runs: leave "
             f"--runtime at {AUTO}, or export with --quantize {forms}"
@@ -56,13 +56,24 @@ def open_model(
         BundleError: the runtime does not accept the model.
         MissingExtraError: the runtime is not installed.
     """
+    openers = {"onnx": _open_onnx, "bnb": _open_bnb}
+    return openers[RUNTIME_OF_FORM[form]](folder, form, head, threads, file_names)
+
+
+def _open_onnx(
+    folder: Path, form: str, head: AnswerHead, threads: int, file_names: Collection[str]
+) -> Scorer:
     if manifest.PROBE in file_names:
         check_full_range(folder / manifest.PROBE)
-    if RUNTIMES[form] == "onnx":
-        if manifest.MODEL not in file_names:
-            raise BundleError(f"{folder}: lacks {manifest.MODEL}: export it again")
-        kind = StandardScorer if form == "optimum" else OnnxScorer
-        return kind(folder / manifest.MODEL, head, threads, file_names)
+    if manifest.MODEL not in file_names:
+        raise BundleError(f"{folder}: lacks {manifest.MODEL}: export it again")
+    kind = OptimumScorer if form == "optimum" else OnnxScorer
+    return kind(folder / manifest.MODEL, head, threads, file_names)
+
+
+def _open_bnb(
+    folder: Path, form: str, head: AnswerHead, threads: int, file_names: Collection[str]
+) -> Scorer:
     try:
         from ercbatch.scoring.bnb_scorer import BnbScorer
     except ImportError as error:

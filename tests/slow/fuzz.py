@@ -29,7 +29,7 @@ from ercbatch.bundle import manifest
 from ercbatch.bundle.bundle import find_bundle, open_bundle
 from ercbatch.dialogues import Dialogue, Utterance
 from ercbatch.errors import UsageError
-from ercbatch.inputs.records import InputLimits, Reader, dump_record
+from ercbatch.inputs.records import InputLimits, Reader, dump_line
 from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Window
@@ -137,12 +137,12 @@ def records(seconds: float, draw: random.Random) -> int:
         for record in reader:
             if record.dialogue is not None:
                 accepted += 1
-                dump_record(record.dialogue.record)
+                dump_line(record.dialogue.record)
             else:
                 assert record.reject is not None
                 rejected += 1
                 ended = record.reject.ends_file
-                dump_record(record.reject)
+                dump_line(record.reject)
         counts = reader.position
         assert counts.lines == rejected + accepted + counts.blank
         if packed == whole and not ended:

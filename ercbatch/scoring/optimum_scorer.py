@@ -29,7 +29,7 @@ gives logits for every token: 4 bytes * vocabulary * the greater of this and the
 _PAST = "past_key_values."
 
 
-class StandardScorer(Scorer):
+class OptimumScorer(Scorer):
     """Scores packs with a standard `model.onnx`, prompt by prompt.
 
     The graph has the input `input_ids`, any of `attention_mask`, `position_ids` and

@@ -25,7 +25,7 @@ from ercbatch.terminal.stopping import Stopped
 
 
 @contextmanager
-def resumable(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
+def advise_resuming(output: Path | None, inputs: Sequence[str]) -> Iterator[None]:
     """Says how to go on with a labelling run that ends early, if one can."""
     try:
         yield

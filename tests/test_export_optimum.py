@@ -28,12 +28,12 @@ from ercbatch.prompts.templates import template
 from ercbatch.prompts.tokens import SegmentTokenizer
 from ercbatch.prompts.tree import Question, Renderer, Task, Tree, Window
 from ercbatch.scoring.checkpoints import load_causal_lm
+from ercbatch.scoring.optimum_scorer import OptimumScorer, batches, separate
 from ercbatch.scoring.packed_model import PackedModel
-from ercbatch.scoring.standard_scorer import StandardScorer, batches, separate
 from ercbatch.scoring.torch_scorer import TorchScorer
 from export.graph.trace import trace
 from export.model import trace_scorer
-from export.standard import export_standard
+from export.optimum_form import export_optimum
 
 pytestmark = pytest.mark.transformers
 
@@ -113,7 +113,7 @@ def write_standard(request: pytest.FixtureRequest) -> Writer:
     if request.param == "traced":
         return write_traced
     need_optimum()
-    return export_standard
+    return export_optimum
 
 
 TURNS = [Utterance(f"it is {n} , not my door !", "AB"[n % 2]) for n in range(9)]
@@ -142,7 +142,7 @@ def check_scorer(checkpoint: Path, folder: Path) -> None:
     model, tokenizer = load_causal_lm(str(checkpoint))
     # Every 7th row: ids of the head need not begin at 0, nor follow each other.
     original = TorchScorer(PackedModel(model.eval()), range(3, 420, 7))
-    scorer = StandardScorer(folder / manifest.MODEL, original.head, 1)
+    scorer = OptimumScorer(folder / manifest.MODEL, original.head, 1)
     for renderer in renderers(tokenizer):
         pack = whole(renderer)
         found = scorer.logits(pack)
@@ -162,7 +162,7 @@ def test_optimums_graph_gives_the_logits_of_packs(kind: str, tmp_path: Path) -> 
     """Of whichever of `position_ids` and sliding windows an architecture has."""
     need_optimum()
     checkpoint = write_model(tmp_path / "model", kind)
-    export_standard(checkpoint, tmp_path)
+    export_optimum(checkpoint, tmp_path)
     check_scorer(checkpoint, tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_an_answer_is_the_same_alone_and_amid_others(
     model, tokenizer = load_causal_lm(str(llama))
     head = PackedModel(model).answer_head(range(50))
     write_standard(llama, tmp_path)
-    scorer = StandardScorer(tmp_path / manifest.MODEL, head, 1)
+    scorer = OptimumScorer(tmp_path / manifest.MODEL, head, 1)
     renderer = renderers(tokenizer)[0]
     amid = scorer.logits(whole(renderer))
     alone = np.concatenate([scorer.logits(join([(0, tree)])) for tree in trees(renderer)])
@@ -201,7 +201,7 @@ def test_the_graph_of_packs_is_refused(llama: Path, tmp_path: Path) -> None:
     model = PackedModel(load_causal_lm(str(llama), attn_implementation="eager")[0])
     trace_scorer(model).save(tmp_path / manifest.MODEL)
     with pytest.raises(BundleError, match=r"no text-generation graph .*\(inputs tokens, "):
-        StandardScorer(tmp_path / manifest.MODEL, model.answer_head([1]), 1)
+        OptimumScorer(tmp_path / manifest.MODEL, model.answer_head([1]), 1)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_optimum_reads_the_folder(kind: str, tmp_path: Path) -> None:
     folder.mkdir()
     load_causal_lm(str(checkpoint))[1].save(folder / manifest.TOKENIZER)  # as a bundle has it
     own = (folder / manifest.TOKENIZER).read_bytes()
-    export_standard(checkpoint, folder)
+    export_optimum(checkpoint, folder)
     assert (folder / manifest.TOKENIZER).read_bytes() == own
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -276,7 +276,7 @@ def test_optimum_reads_the_folder(kind: str, tmp_path: Path) -> None:
 def test_an_architecture_without_a_standard_graph_is_refused(kind: str, tmp_path: Path) -> None:
     need_optimum()
     with pytest.raises(UsageError, match=f"exports no {kind} model .* --quantize fp32"):
-        export_standard(write_model(tmp_path, kind), tmp_path)
+        export_optimum(write_model(tmp_path, kind), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_asks_for_code_is_refused(name: str, tmp_path: Path) -
     config["auto_map"] = {"AutoTokenizer": ["mine.Tokenizer", None], "AutoConfig": "mine.Config"}
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UsageError, match=rf"{name} has 'auto_map'.*: refused"):
-        export_standard(checkpoint, folder)
+        export_optimum(checkpoint, folder)
     assert not any(folder.iterdir())
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path, "gpt2")
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     with pytest.raises(UsageError, match=r"has no model\.safetensors"):
-        export_standard(checkpoint, tmp_path)
+        export_optimum(checkpoint, tmp_path)
 
 
 def test_without_optimum_a_sentence_says_what_to_install(
@@ -306,4 +306,4 @@ def test_without_optimum_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     with pytest.raises(MissingExtraError, match=r"pip install '.\[optimum\]'"):
-        export_standard(llama, tmp_path)
+        export_optimum(llama, tmp_path)

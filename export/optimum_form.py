@@ -47,7 +47,7 @@ def import_optimum() -> tuple[Any, Any]:
     return main_export, TasksManager
 
 
-def export_standard(checkpoint: Path, folder: Path) -> None:
+def export_optimum(checkpoint: Path, folder: Path) -> None:
     """Write the standard graph of a causal language model's checkpoint into a bundle's folder.
 
     `model.onnx` (float32; over 2 GB its weights are in `model.onnx_data` beside it) takes
