@@ -26,8 +26,8 @@ from ercbatch.retrieval.bank import (
 from ercbatch.retrieval.encoder import SentenceEncoder
 
 
-def texts(found: tuple[Demonstration, ...]) -> list[str]:
-    return [d.text for d in found]
+def texts(result: tuple[Demonstration, ...]) -> list[str]:
+    return [d.text for d in result]
 
 
 banks = st.lists(
@@ -47,15 +47,15 @@ def test_results_come_in_rounds_over_the_labels(
     directions = unit(np.random.default_rng(0).normal(size=(8, 5)))
     demonstrations = [Demonstration(text, label) for text, label, _ in entries]
     vectors = directions[[direction for *_, direction in entries]].reshape(-1, 5)
-    found = DemonstrationBank(demonstrations, vectors).nearest(
+    result = DemonstrationBank(demonstrations, vectors).nearest(
         directions[[query]], count, exclude=[[banned]]
     )[0]
     similarity = np.array([(directions[query] * v).sum() for v in vectors], np.float32)
     wanted = expected_neighbours(demonstrations, similarity, count, banned)
-    assert list(found) == wanted
-    assert banned not in texts(found)
+    assert list(result) == wanted
+    assert banned not in texts(result)
     labels = {d.label for d in demonstrations if d.text != banned}
-    assert len({d.label for d in found}) == min(len(labels), count)
+    assert len({d.label for d in result}) == min(len(labels), count)
 
 
 @settings(deadline=None)
@@ -95,8 +95,8 @@ def test_training_can_ask_for_the_gold_label_only() -> None:
     demonstrations = [Demonstration(str(i), "joy" if i % 2 else "fear") for i in range(6)]
     bank = DemonstrationBank(demonstrations, np.eye(6, dtype=np.float32))
     query = np.eye(6, dtype=np.float32)[[1, 1, 1]]
-    found = bank.nearest(query, 2, labels=["joy", "fear", "anger"], exclude=[["1"]] * 3)
-    assert [texts(f) for f in found] == [["3", "5"], ["0", "2"], []]
+    result = bank.nearest(query, 2, labels=["joy", "fear", "anger"], exclude=[["1"]] * 3)
+    assert [texts(f) for f in result] == [["3", "5"], ["0", "2"], []]
 
 
 def small_bank() -> DemonstrationBank:

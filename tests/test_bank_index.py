@@ -45,17 +45,17 @@ def test_a_large_bank_finds_what_exact_search_finds(
     demonstrations, vectors = large
     queries = unit(np.random.default_rng(4).normal(size=(100, 48)))
     same = 0
-    for query, found in zip(queries, large_bank.nearest(queries, 3), strict=True):
+    for query, result in zip(queries, large_bank.nearest(queries, 3), strict=True):
         wanted = expected_neighbours(demonstrations, vectors @ query, 3, "")
-        same += len(set(found) & set(wanted))
+        same += len(set(result) & set(wanted))
     assert same / 300 >= 0.95
 
 
 def test_rare_labels_of_a_large_bank_are_not_missed(large_bank: DemonstrationBank) -> None:
     """They are seldom among the index's candidates: then the search is exact."""
     queries = unit(np.random.default_rng(5).normal(size=(10, 48)))
-    for found in large_bank.nearest(queries, 7):
-        assert {d.label for d in found} == set("abcdefg")
+    for result in large_bank.nearest(queries, 7):
+        assert {d.label for d in result} == set("abcdefg")
 
 
 def test_a_search_is_broader_in_a_larger_bank() -> None:
@@ -75,8 +75,8 @@ def test_an_index_in_islands_falls_back_to_exact_search() -> None:
     bank = DemonstrationBank(
         [Demonstration(str(i), "abc"[i % 3]) for i in range(10_000)], directions[places]
     )
-    found = bank.nearest(directions, 8)
-    assert [len(f) for f in found] == [8] * 30
+    result = bank.nearest(directions, 8)
+    assert [len(f) for f in result] == [8] * 30
 
 
 def test_the_same_bank_gives_the_same_index_bytes(

@@ -20,12 +20,12 @@ def written() -> dict[str, list[Any]]:
 
 
 def test_written_dialogues_are_as_many_as_promised(written: dict[str, list[Any]]) -> None:
-    found = [record for own in written.values() for record in own]
-    assert len(found) >= 1_000
-    assert sum(len(record["utterances"]) for record in found) >= 10_000
+    result = [record for own in written.values() for record in own]
+    assert len(result) >= 1_000
+    assert sum(len(record["utterances"]) for record in result) >= 10_000
     assert len(written["held-out"]) >= 100
-    assert len({record["id"] for record in found}) == len(found)
-    assert len({record["about"].casefold() for record in found}) == len(found)
+    assert len({record["id"] for record in result}) == len(result)
+    assert len({record["about"].casefold() for record in result}) == len(result)
 
 
 def test_written_labels_belong_to_the_set(written: dict[str, list[Any]]) -> None:
@@ -45,10 +45,10 @@ def test_held_out_settings_are_in_no_other_part(written: dict[str, list[Any]]) -
 
 
 def test_written_dialogues_share_few_phrases(written: dict[str, list[Any]]) -> None:
-    found = [record for own in written.values() for record in own]
-    repeated = repeated_phrases(found)
-    assert max(repeated.values()) < 0.005 * len(found)
-    assert len(repeated) < 0.5 * len(found)
+    result = [record for own in written.values() for record in own]
+    repeated = repeated_phrases(result)
+    assert max(repeated.values()) < 0.005 * len(result)
+    assert len(repeated) < 0.5 * len(result)
 
 
 def test_kappa_equals_that_of_scikit_learn(written: dict[str, list[Any]]) -> None:
@@ -93,11 +93,11 @@ def test_calibration_is_measured_on_other_dialogues(bundle_folder: Path) -> None
         *("--utterances", "5", "--draws", "2"),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["before"].keys() == found["after"].keys()
-    assert 0 < found["after"]["calibration_error"][0] < 1
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["before"].keys() == result["after"].keys()
+    assert 0 < result["after"]["calibration_error"][0] < 1
     # A temperature moves no label; how common labels are does.
-    assert found["after"]["weighted_f1"] == found["before"]["weighted_f1"]
+    assert result["after"]["weighted_f1"] == result["before"]["weighted_f1"]
     shifted = python(
         *("-m", "benchmarks.calibration", f"meld={chats}", "--bundle", bundle_folder),
         *("--utterances", "20", "--draws", "2", "--label-shift"),

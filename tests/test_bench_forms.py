@@ -23,18 +23,18 @@ def test_every_form_is_exported_and_labels(tmp_path: Path) -> None:
     ask = ("-m", "benchmarks.forms", tmp_path, "--model", "tiny", "--template", "compact")
     done = python(*ask, "--forms", "fp32,int8,nf4", "--rounds", "1", "--threads", "1")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["failed"]
-    assert found["float16_mb"] == pytest.approx(2e-6 * found["parameters"], abs=0.1)
-    for form, figures in found["forms"].items():
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert not result["failed"]
+    assert result["float16_mb"] == pytest.approx(2e-6 * result["parameters"], abs=0.1)
+    for form, figures in result["forms"].items():
         assert Labeler(str(tmp_path / form)).bundle.info.form == form
         assert figures["ratio"] == pytest.approx(
-            figures["per_second"] / found["forms"]["fp32"]["per_second"], abs=0.01
+            figures["per_second"] / result["forms"]["fp32"]["per_second"], abs=0.01
         )
         for kind in ("export", "label"):
             resident, anonymous = (figures[f"{kind}_{k}_mb"] for k in ("resident", "anonymous"))
             assert 10 < anonymous < resident  # an interpreter alone takes that much
-    assert found["forms"]["int8"]["bundle_mb"] < found["forms"]["fp32"]["bundle_mb"]
+    assert result["forms"]["int8"]["bundle_mb"] < result["forms"]["fp32"]["bundle_mb"]
 
 
 @pytest.mark.slow
@@ -46,9 +46,9 @@ def test_failing_form_is_reported_and_the_others_continue(tmp_path: Path) -> Non
         *("--forms", "fp32,nf4", "--rounds", "0"),
     )
     assert done.returncode == 1
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["failed"].keys() == {"fp32", "nf4"}
-    assert str(broken) in found["failed"]["fp32"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failed"].keys() == {"fp32", "nf4"}
+    assert str(broken) in result["failed"]["fp32"]
 
 
 def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
 def test_a_graph_is_profiled_by_operator() -> None:
     done = python("-m", "benchmarks.graph", "mini", CHAT, "--rounds", "2")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["utterances"] == UTTERANCES
-    (profile,) = found["graphs"].values()
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["utterances"] == UTTERANCES
+    (profile,) = result["graphs"].values()
     operators = profile["operators"].values()
     assert profile["nodes_in_products"] + profile["nodes_outside"] == sum(
         operator["nodes"] for operator in operators

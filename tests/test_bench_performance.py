@@ -37,13 +37,13 @@ def scaling() -> dict[str, Any]:
 
 
 def test_sentences_are_distinct_and_the_same_every_time() -> None:
-    found = invent(2000)
-    assert len({d.text for d in found}) == 2000
-    assert found[:500] == invent(500) != invent(500, seed=1)
-    assert len({d.label for d in found}) == 7
-    dialogues = list(converse([d.text for d in found[:25]], 10))
+    result = invent(2000)
+    assert len({d.text for d in result}) == 2000
+    assert result[:500] == invent(500) != invent(500, seed=1)
+    assert len({d.label for d in result}) == 7
+    dialogues = list(converse([d.text for d in result[:25]], 10))
     assert [len(d.utterances) for d in dialogues] == [10, 10, 5]
-    assert [u.text for d in dialogues for u in d.utterances] == [d.text for d in found[:25]]
+    assert [u.text for d in dialogues for u in d.utterances] == [d.text for d in result[:25]]
 
 
 def test_recall_counts_what_the_bank_promises() -> None:
@@ -59,11 +59,11 @@ def test_recall_counts_what_the_bank_promises() -> None:
     for count in (1, 3, 5):
         own = [[str(i)] for i in range(40)]
         few = bank.nearest(vectors[:40], count, exclude=own)
-        found = [[int(d.text) for d in each] for each in few]
-        assert truth.recall(found, count) == 1.0
+        result = [[int(d.text) for d in each] for each in few]
+        assert truth.recall(result, count) == 1.0
         # One wrong place for each query is one in `count` missed.
         worst = vectors[:40] @ vectors.T
-        wrong = [[*each[:-1], int(row.argmin())] for each, row in zip(found, worst, strict=True)]
+        wrong = [[*each[:-1], int(row.argmin())] for each, row in zip(result, worst, strict=True)]
         assert truth.recall(wrong, count) == pytest.approx(1 - 1 / count)
         unbalanced = bank.nearest(vectors[:40], count)
         assert truth.recall([[int(d.text) for d in e] for e in unbalanced], count) < 1.0
@@ -77,12 +77,12 @@ def test_a_small_bank_is_exact_and_a_larger_one_nearly(retrieval: dict[str, Any]
         for count in (1, 3, 5):
             assert small["engines"][engine][f"recall_at_{count}"] == 1.0
             assert large["engines"][engine][f"recall_at_{count}"] >= 0.95
-    for found in (small, large):
-        assert {"ercbatch, one label", "exact, alone"} <= found["engines"].keys()
-        for own in found["engines"].values():
+    for result in (small, large):
+        assert {"ercbatch, one label", "exact, alone"} <= result["engines"].keys()
+        for own in result["engines"].values():
             assert own["queries_per_second"] > 0
             assert own["times_exact"] > 0
-        assert found["engines"]["exact"]["times_exact"] == 1.0
+        assert result["engines"]["exact"]["times_exact"] == 1.0
     # Texts and vectors, and from 2,000 on an index that holds the vectors again.
     vectors = 4 * 384 / 1e6
     assert 200 * vectors < small["engines"]["ercbatch"]["disk_mb"] < 2 * 200 * vectors
@@ -133,7 +133,7 @@ def results(
     }
     operators = {"MatMul": {"nodes": 3, "seconds": 0.02}, "Add": {"nodes": 5, "seconds": 0.001}}
     profile = {"seconds": 0.022, "products_share": 0.95, "operators": operators}
-    found = {
+    result = {
         "machine": last_line("benchmarks.machine"),
         "retrieval": retrieval,
         "latency": {"command": "python -m benchmarks.latency --cold 2", **latency},
@@ -149,7 +149,7 @@ def results(
     }
     folder = tmp_path / "results"
     folder.mkdir()
-    for name, value in found.items():
+    for name, value in result.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     return folder
 

@@ -36,15 +36,15 @@ def test_a_study_is_a_table_and_goes_on_where_it_stopped(recipe_file: Path, tmp_
     assert second.returncode == 0, second.stderr
     trained = [line for line in second.stderr.splitlines() if line.startswith("studies: ")]
     assert [line.split("/")[-2:] for line in trained] == [["LoRA", "43"], ["full", "43"]]
-    found = json.loads(second.stdout.splitlines()[-1])["variants"]
+    result = json.loads(second.stdout.splitlines()[-1])["variants"]
     for name in ("LoRA", "full"):
         run = json.loads((tmp_path / "lora-vs-full" / name / "43" / "run.json").read_text())
         assert (
-            found[name]["figures"]["meld"]["weighted_f1"][1] == run["test"]["meld"]["weighted_f1"]
+            result[name]["figures"]["meld"]["weighted_f1"][1] == run["test"]["meld"]["weighted_f1"]
         )
         kept = run["epochs"][run["kept"] - 1]
         gap = kept["train"]["meld"]["weighted_f1"] - kept["valid"]["meld"]["weighted_f1"]
-        assert found[name]["gaps"][str(run["kept"])][1] == pytest.approx(gap)
+        assert result[name]["gaps"][str(run["kept"])][1] == pytest.approx(gap)
         assert (run["recipe"]["method"] == "full") == (name == "full")
     assert "±" in second.stdout
     one = python(*ask, "2", "--variant", "full")
@@ -118,9 +118,9 @@ def test_each_study_varies_what_it_says(recipe_file: Path) -> None:
 def test_packs_train_on_the_loss_of_separate_prompts(recipe_file: Path) -> None:
     done = python("-m", "benchmarks.training", recipe_file, "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["first_step_loss_difference"] < 1e-4
-    assert found["tokens_per_utterance_separate"] > 2 * found["tokens_per_utterance_packed"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["first_step_loss_difference"] < 1e-4
+    assert result["tokens_per_utterance_separate"] > 2 * result["tokens_per_utterance_packed"]
 
 
 def test_demonstrations_are_shown_in_validation(

@@ -20,27 +20,27 @@ def test_engines_agree_and_a_missing_one_is_reported(tmp_path: Path) -> None:
         *("-m", "benchmarks.throughput", tmp_path, CHAT, "--model", "tiny-llama", "--rounds", "2"),
         *("--dialogues", "4", "--engines", "ours-fp32,transformers,llama.cpp-fp32"),
     )
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 1
-    assert "setup.sh" in found["failed"].pop("llama.cpp-fp32")
-    assert not found["failed"], done.stderr
-    ours, theirs = found["engines"]["ours-fp32"], found["engines"]["transformers"]
-    assert found["different_tokens"] > 1  # else agreement would say nothing
+    assert "setup.sh" in result["failed"].pop("llama.cpp-fp32")
+    assert not result["failed"], done.stderr
+    ours, theirs = result["engines"]["ours-fp32"], result["engines"]["transformers"]
+    assert result["different_tokens"] > 1  # else agreement would say nothing
     assert ours["agreement"] == theirs["agreement"] == 1.0
     assert ours["largest_difference"] < 1e-5
     assert ours["best_peer"] == "transformers"
     assert ours["of_best_peer"] == ours["of_baseline"] > 0
     assert 0 < ours["of_limit"] < 1
-    assert found["tokens_needed"] <= found["tokens_computed"] < found["tokens_separate"]
+    assert result["tokens_needed"] <= result["tokens_computed"] < result["tokens_separate"]
 
 
 def test_bundle_speed_is_compared_with_the_limit() -> None:
     done = python("-m", "benchmarks.limit", "mini", CHAT, "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["form"] == "int8"
-    assert 0 < found["limit_seconds"] < found["seconds"]
-    assert found["tokens_needed"] <= found["tokens_computed"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["form"] == "int8"
+    assert 0 < result["limit_seconds"] < result["seconds"]
+    assert result["tokens_needed"] <= result["tokens_computed"]
 
 
 def test_what_prompts_begin_with_is_needed_once() -> None:

@@ -45,62 +45,62 @@ def test_metrics_equal_those_of_scikit_learn(seed: int, abstain: float) -> None:
         for gold, predicted, confidence in random_answers(seed, 5 * 3**seed // 2 + 3, labels)
         if confidence is not None
     ]
-    found = evaluate([record(answers)], label_set("unified"))
+    result = evaluate([record(answers)], label_set("unified"))
     gold = [a[0] for a in answers]
     predicted = [a[1] or "(none)" for a in answers]
     present = [label for label in labels if label in gold]
     options = {"zero_division": 0}
     f1 = metrics.f1_score
-    assert found.weighted_f1 == pytest.approx(
+    assert result.weighted_f1 == pytest.approx(
         f1(gold, predicted, labels=labels, average="weighted", **options)
     )
-    assert found.macro_f1 == pytest.approx(
+    assert result.macro_f1 == pytest.approx(
         f1(gold, predicted, labels=present, average="macro", **options)
     )
-    assert found.accuracy == pytest.approx(metrics.accuracy_score(gold, predicted))
+    assert result.accuracy == pytest.approx(metrics.accuracy_score(gold, predicted))
     table = metrics.precision_recall_fscore_support(gold, predicted, labels=labels, **options)
-    for i, (label, figures) in enumerate(found.per_label.items()):
+    for i, (label, figures) in enumerate(result.per_label.items()):
         assert label == labels[i]
         own = (figures.precision, figures.recall, figures.f1, figures.support)
         assert own == pytest.approx(tuple(column[i] for column in table))
     answered = [(g, p) for g, p in zip(gold, predicted, strict=True) if p != "(none)"]
     expected = metrics.confusion_matrix(*zip(*answered, strict=True), labels=labels)
-    assert found.confusion.tolist() == expected.tolist()
-    assert found.abstained == len(answers) - len(answered)
+    assert result.confusion.tolist() == expected.tolist()
+    assert result.abstained == len(answers) - len(answered)
 
 
 def test_json_has_the_names_of_the_contract() -> None:
-    found = evaluate(
+    result = evaluate(
         [record([("sad", "sad", 0.9), ("angry", "sad", 0.6), ("sad", None, 0.2)])],
         label_set("meld"),
     ).to_json()
     assert {
         *("weighted_f1", "macro_f1", "accuracy", "ece", "per_label", "confusion", "labels"),
         *("utterances", "unlabelled", "abstained", "coverage"),
-    } == set(found)
-    assert found["utterances"] == 3
-    assert found["abstained"] == 1
-    assert found["accuracy"] == pytest.approx(1 / 3)
-    assert found["per_label"]["sad"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    } == set(result)
+    assert result["utterances"] == 3
+    assert result["abstained"] == 1
+    assert result["accuracy"] == pytest.approx(1 / 3)
+    assert result["per_label"]["sad"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     sad, angry = label_set("meld").index("sad"), label_set("meld").index("angry")
-    assert found["confusion"][angry][sad] == 1
+    assert result["confusion"][angry][sad] == 1
 
 
 def test_what_has_no_text_or_no_gold_is_left_out() -> None:
-    found = evaluate(
+    result = evaluate(
         [
             record([("sad", "sad", 0.9), (None, "angry", 0.9), ("", "angry", 0.9)]),
             record([("sad", None, None)], text="  "),
         ]
     )
-    assert (found.utterances, found.unlabelled, found.abstained) == (1, 3, 0)
-    assert found.accuracy == 1.0
+    assert (result.utterances, result.unlabelled, result.abstained) == (1, 3, 0)
+    assert result.accuracy == 1.0
 
 
 def test_gold_may_use_another_spelling() -> None:
-    found = evaluate([record([("sadness", "sad", 0.9), ("JOY", "joyful", 0.9)])])
-    assert found.labels == label_set("meld").labels
-    assert found.accuracy == 1.0
+    result = evaluate([record([("sadness", "sad", 0.9), ("JOY", "joyful", 0.9)])])
+    assert result.labels == label_set("meld").labels
+    assert result.accuracy == 1.0
 
 
 @pytest.mark.parametrize(
@@ -171,24 +171,24 @@ def test_a_label_outside_the_set_is_an_error() -> None:
         evaluate([record([("peaceful", "sad", 0.5)])], label_set("meld"))
 
 
-def printed(found: Evaluation) -> str:
+def printed(result: Evaluation) -> str:
     stream = io.StringIO()
-    print_evaluation(found, Console(file=stream, width=80, highlight=False, markup=False))
+    print_evaluation(result, Console(file=stream, width=80, highlight=False, markup=False))
     return stream.getvalue()
 
 
 def test_tables() -> None:
-    found = evaluate(
+    result = evaluate(
         [record([("sad", "sad", 0.9), ("angry", "sad", 0.6), ("neutral", None, 0.2)])],
         label_set("meld"),
     )
-    lines = [line.split() for line in printed(found).splitlines()]
+    lines = [line.split() for line in printed(result).splitlines()]
     assert ["sad", "50.0%", "100.0%", "66.7%", "1"] in lines
     assert ["angry", "0", "0", "0", "1", "0", "0", "0"] in lines
     assert ["60%", "50.0%", "0.600"] in lines
     assert not any(line[:1] == ["100%"] for line in lines)  # only 67 % are answered
-    assert "weighted F1 22.22%" in printed(found)
-    assert "66.7% answered, 50.0% of them right; what is not answered counts" in printed(found)
+    assert "weighted F1 22.22%" in printed(result)
+    assert "66.7% answered, 50.0% of them right; what is not answered counts" in printed(result)
 
 
 def test_labels_of_a_file_are_printed_as_text_and_whole() -> None:

@@ -118,14 +118,14 @@ def some_pack(chance: random.Random) -> Pack:
 
 def ancestors(graph: Graph, node: NodeProto) -> set[str]:
     """All values that a node is computed from."""
-    found: set[str] = set()
+    result: set[str] = set()
     waiting = list(node.input)
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in result:
+            result.add(name)
             waiting += graph.producers[name].input if name in graph.producers else []
-    return found
+    return result
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 40])

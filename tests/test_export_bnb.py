@@ -166,23 +166,23 @@ def test_it_answers_as_the_float_model_with_the_rounded_weights(
             module.weight.data = bnb.functional.dequantize_4bit(weight, parameter.quant_state)
     engine = Labeler(str(folder), threads=1, demonstrations=0).engine
     scorer = TorchScorer(PackedModel(model.eval()), engine.scorer.head)
-    found = probabilities(engine, chats())
+    result = probabilities(engine, chats())
     expected = probabilities(replace(engine, scorer=scorer), chats())
-    assert np.abs(found - expected).mean() < 0.01
+    assert np.abs(result - expected).mean() < 0.01
 
 
 def test_it_agrees_with_the_float_model(
     folder: Path, llama: tuple[PackedModel, SegmentTokenizer]
 ) -> None:
     engine = Labeler(str(folder), threads=1, demonstrations=0).engine
-    found = probabilities(engine, chats())
+    result = probabilities(engine, chats())
     expected = probabilities(
         replace(engine, scorer=TorchScorer(llama[0], engine.scorer.head)), chats()
     )
     least, most = (0.8, 0.08) if folder.name == "nf4" else (0.9, 0.02)
     assert len(set(expected.argmax(1))) > 3
-    assert (found.argmax(1) == expected.argmax(1)).mean() >= least
-    assert np.abs(found - expected).mean() < most
+    assert (result.argmax(1) == expected.argmax(1)).mean() >= least
+    assert np.abs(result - expected).mean() < most
 
 
 def test_a_label_does_not_depend_on_its_neighbours(folder: Path) -> None:
@@ -347,8 +347,8 @@ def test_other_architectures_are_written_and_read(kind: str, form: str, tmp_path
     scorer = BnbScorer(tmp_path / "config.json", weights, packed.answer_head(range(9)), threads=1)
     trunk = Segment(list(range(20, 40)), read=Read(Question(Task.EMOTION, 0), 0))
     pack = join([(0, lay_out(trunk))])
-    (found,), (expected,) = scorer.states(pack), TorchScorer(packed, range(9)).states(pack)
-    cosine = found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)
+    (result,), (expected,) = scorer.states(pack), TorchScorer(packed, range(9)).states(pack)
+    cosine = result @ expected / np.linalg.norm(result) / np.linalg.norm(expected)
     assert cosine > (0.9 if form == "nf4" else 0.99)
 
 

@@ -59,8 +59,8 @@ def encoder(folder: Path) -> SentenceEncoder:
 
 
 def test_the_float_graph_gives_the_original_embeddings(source: Path, float_folder: Path) -> None:
-    found = open_encoder(float_folder).encode(LINES)
-    assert np.abs(found - original(source, LINES)).max() < 1e-5
+    result = open_encoder(float_folder).encode(LINES)
+    assert np.abs(result - original(source, LINES)).max() < 1e-5
 
 
 def test_the_int8_graph_is_near_the_original(source: Path, encoder: SentenceEncoder) -> None:
@@ -105,9 +105,9 @@ def test_text_like_control_tokens_is_text(folder: Path, encoder: SentenceEncoder
     tokenizer = Tokenizer.from_file(str(folder / "encoder_tokenizer.json"))
 
     def number(token: str) -> int:
-        found = tokenizer.token_to_id(token)
-        assert found is not None
-        return found
+        result = tokenizer.token_to_id(token)
+        assert result is not None
+        return result
 
     first, last = number("[CLS]"), number("[SEP]")
     pieces = [number(piece) for piece in ("[", "s", "##e", "##p", "]")]
@@ -118,12 +118,12 @@ def test_text_like_control_tokens_is_text(folder: Path, encoder: SentenceEncoder
     def vector(ids: list[int]) -> npt.NDArray[np.float32]:
         tokens = np.array([ids])
         feed = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-        found: npt.NDArray[np.float32] = session.run(None, feed)[0][0]
-        return found
+        result: npt.NDArray[np.float32] = session.run(None, feed)[0][0]
+        return result
 
-    found = encoder.encode(["[SEP]"])[0]
-    assert np.abs(found - vector([first, *pieces, last])).max() < 1e-5
-    assert np.abs(found - vector([first, last, last])).max() > 0.01
+    result = encoder.encode(["[SEP]"])[0]
+    assert np.abs(result - vector([first, *pieces, last])).max() < 1e-5
+    assert np.abs(result - vector([first, last, last])).max() > 0.01
 
 
 def test_long_texts_are_cut(folder: Path, encoder: SentenceEncoder) -> None:
@@ -159,8 +159,8 @@ def test_a_plain_transformers_folder_is_pooled_by_the_mean(
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     export_encoder(tmp_path, tmp_path / "encoder", quantize=False)
-    found = open_encoder(tmp_path / "encoder").encode(LINES)
-    assert np.abs(found - open_encoder(float_folder).encode(LINES)).max() < 1e-6
+    result = open_encoder(tmp_path / "encoder").encode(LINES)
+    assert np.abs(result - open_encoder(float_folder).encode(LINES)).max() < 1e-6
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -213,8 +213,8 @@ def test_a_model_that_the_library_saved_is_read(source: Path, tmp_path: Path) ->
     model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
     model.save(str(tmp_path / "model"), create_model_card=False)
     export_encoder(tmp_path / "model", tmp_path / "encoder", quantize=False)
-    found = open_encoder(tmp_path / "encoder").encode(LINES)
-    assert np.abs(found - library(source, LINES)).max() < 1e-5
+    result = open_encoder(tmp_path / "encoder").encode(LINES)
+    assert np.abs(result - library(source, LINES)).max() < 1e-5
 
 
 def test_a_transformer_in_a_folder_of_its_own_is_found(source: Path, tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_transformer_in_a_folder_of_its_own_is_found(source: Path, tmp_path: P
     (model / "modules.json").write_text(json.dumps(entries))
     change(model / "0_Transformer" / "sentence_bert_config.json", max_seq_length=64)
     export_encoder(model, tmp_path / "encoder", quantize=False)
-    found = open_encoder(tmp_path / "encoder").encode(LINES)
-    assert np.abs(found - original(source, LINES)).max() < 1e-5
+    result = open_encoder(tmp_path / "encoder").encode(LINES)
+    assert np.abs(result - original(source, LINES)).max() < 1e-5
 
 
 PROMPTS = {"query": "where: ", "document": "", "same": "please "}
@@ -246,9 +246,9 @@ def test_the_default_prompt_is_put_before_each_text(
     change(path, prompts=PROMPTS, default_prompt_name=default)
     export_encoder(model, tmp_path / "encoder", quantize=False)
     lines = [*LINES, "the train is late " * 99]
-    found, expected = open_encoder(tmp_path / "encoder").encode(lines), library(model, lines)
-    assert np.abs(found - expected).max() < 1e-5
-    assert np.abs(found[:-1] - plain).max() > 0.01
+    result, expected = open_encoder(tmp_path / "encoder").encode(lines), library(model, lines)
+    assert np.abs(result - expected).max() < 1e-5
+    assert np.abs(result[:-1] - plain).max() > 0.01
 
 
 def test_embeddings_are_cut_to_the_dimensions_of_the_model(source: Path, tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_embeddings_are_cut_to_the_dimensions_of_the_model(source: Path, tmp_pat
     model = copy_model(source, tmp_path / "model")
     change(model / "config_sentence_transformers.json", truncate_dim=16)
     export_encoder(model, tmp_path / "encoder", quantize=False)
-    found, expected = open_encoder(tmp_path / "encoder").encode(LINES), library(model, LINES)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-5
+    result, expected = open_encoder(tmp_path / "encoder").encode(LINES), library(model, LINES)
+    assert result.shape == expected.shape
+    assert np.abs(result - expected).max() < 1e-5
 
 
 def test_a_byte_level_tokenizer_takes_the_space_after_a_prompt(tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_a_byte_level_tokenizer_takes_the_space_after_a_prompt(tmp_path: Path) -
     change(path, prompts=PROMPTS, default_prompt_name="query")
     export_encoder(model, tmp_path / "encoder", quantize=False)
     lines = [line for line in LINES if line.strip()]
-    found = open_encoder(tmp_path / "encoder").encode(lines)
-    assert np.abs(found - library(model, lines)).max() < 1e-5
+    result = open_encoder(tmp_path / "encoder").encode(lines)
+    assert np.abs(result - library(model, lines)).max() < 1e-5
 
 
 def test_other_prompts_are_not_used(source: Path, tmp_path: Path, float_folder: Path) -> None:

@@ -50,8 +50,8 @@ def packed(folder: Path, kind: str) -> PackedModel:
     return PackedModel(model.eval())
 
 
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def error(result: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.mark.parametrize("kind", ACCEPTED)
@@ -137,7 +137,7 @@ def test_only_what_is_read_is_kept() -> None:
         ),
         opset_imports=[helper.make_opsetid("", 17)],
     )
-    found = Graph(model).finish().graph
-    assert [node.op_type for node in found.node] == ["MatMul", "MatMul", "Add"]
-    (kept,) = found.initializer
+    result = Graph(model).finish().graph
+    assert [node.op_type for node in result.node] == ["MatMul", "MatMul", "Add"]
+    (kept,) = result.initializer
     assert np.array_equal(numpy_helper.to_array(kept), weight.T)

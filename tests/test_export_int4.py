@@ -44,8 +44,8 @@ def test_weights_on_the_grid_come_out_as_they_were(random: np.random.Generator) 
     levels[:, 4:] *= -1
     one_hot = np.eye(64, dtype=np.float32)[None]
     weight = levels / np.float32(4)
-    found = run(quantized(weight).finish(), one_hot)[0][0]
-    assert np.abs(found - weight).max() < 1e-2
+    result = run(quantized(weight).finish(), one_hot)[0][0]
+    assert np.abs(result - weight).max() < 1e-2
 
 
 def test_a_row_is_the_same_alone_and_amid_far_greater_rows(random: np.random.Generator) -> None:

@@ -145,9 +145,9 @@ def check_scorer(checkpoint: Path, folder: Path) -> None:
     scorer = OptimumScorer(folder / manifest.MODEL, original.head, 1)
     for renderer in renderers(tokenizer):
         pack = whole(renderer)
-        found = scorer.logits(pack)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, original.logits(pack), atol=1e-4, rtol=1e-4)
+        result = scorer.logits(pack)
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, original.logits(pack), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2"])
@@ -261,14 +261,14 @@ def test_optimum_reads_the_folder(kind: str, tmp_path: Path) -> None:
         "tokenizer_config.json",
     ]
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    found = ORTModelForCausalLM.from_pretrained(folder)
+    result = ORTModelForCausalLM.from_pretrained(folder)
     asked = AutoTokenizer.from_pretrained(folder)("where is my door ?", return_tensors="pt")
     asked.pop("token_type_ids", None)
     with torch.no_grad():
         wanted = model(**asked).logits
-    torch.testing.assert_close(found(**asked).logits, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result(**asked).logits, wanted, atol=1e-4, rtol=1e-4)
     # With the past of each step fed to the next.
-    written = (m.generate(**asked, max_new_tokens=12, do_sample=False) for m in (found, model))
+    written = (m.generate(**asked, max_new_tokens=12, do_sample=False) for m in (result, model))
     assert torch.equal(*written)
 
 

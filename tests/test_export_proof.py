@@ -33,8 +33,8 @@ def drawn(count: int, temperature: float, seed: int = 0) -> Predictions:
 
 
 def test_a_temperature_is_found_again() -> None:
-    found = drawn(20_000, 1.7)
-    fitted = fit_temperature(np.log(found.probabilities), found.gold)
+    result = drawn(20_000, 1.7)
+    fitted = fit_temperature(np.log(result.probabilities), result.gold)
     assert fitted.temperature == pytest.approx(1.7, rel=0.05)
     assert fit_temperature(np.empty((0, LABELS)), np.empty(0, np.int64)) == Scaling()
 
@@ -44,9 +44,9 @@ def test_label_shift_finds_how_common_labels_are() -> None:
     logs = np.log(random.dirichlet(np.ones(LABELS), 4000))
     common = np.array([2.0, 0, 0, 0, -1])
     gold = np.array([random.choice(LABELS, p=p) for p in calibrated(logs, 1.5, common.tolist())])
-    found = fit_label_shift(logs, gold)
-    assert found.temperature == pytest.approx(1.5, rel=0.1)
-    offsets = np.array(found.offsets)
+    result = fit_label_shift(logs, gold)
+    assert result.temperature == pytest.approx(1.5, rel=0.1)
+    offsets = np.array(result.offsets)
     assert offsets - offsets.mean() == pytest.approx(common - common.mean(), abs=0.2)
     # Few utterances move the labels little, and a label that they lack stays possible.
     few = fit_label_shift(logs[:20], np.zeros(20, np.int64))
@@ -60,38 +60,38 @@ def test_label_shift_finds_how_common_labels_are() -> None:
 
 
 def test_calibration_error_is_cross_validated() -> None:
-    found = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).metrics
-    assert found.utterances == 3000
-    assert found.temperature == pytest.approx(2.0, rel=0.1)
-    assert found.error_before > 0.1
+    result = calibrate([drawn(1000, 2.0, seed) for seed in range(3)]).metrics
+    assert result.utterances == 3000
+    assert result.temperature == pytest.approx(2.0, rel=0.1)
+    assert result.error_before > 0.1
     # True probabilities have an error too: that of chance.
-    assert 0.01 < found.error_if_perfect < 0.03
-    assert found.error_after < found.error_if_perfect + 0.015
-    risks = [point.risk for point in found.coverage]
-    assert found.coverage[0].coverage == 1.0
+    assert 0.01 < result.error_if_perfect < 0.03
+    assert result.error_after < result.error_if_perfect + 0.015
+    risks = [point.risk for point in result.coverage]
+    assert result.coverage[0].coverage == 1.0
     assert risks[-1] < risks[0]
-    assert [r.precision for r in found.recommended] == [0.8, 0.9, 0.95]
+    assert [r.precision for r in result.recommended] == [0.8, 0.9, 0.95]
 
 
 def test_each_dataset_has_the_same_weight_in_the_temperature() -> None:
     large, small = drawn(8000, 3.0), drawn(500, 0.8, seed=1)
-    found = calibrate([large, small]).scaling.temperature
+    result = calibrate([large, small]).scaling.temperature
     twice = calibrate([drawn(500, 3.0, seed=2), small]).scaling.temperature
-    assert found == pytest.approx(twice, rel=0.1)
-    assert found < 0.8 * calibrate([large]).scaling.temperature
+    assert result == pytest.approx(twice, rel=0.1)
+    assert result < 0.8 * calibrate([large]).scaling.temperature
 
 
 def test_temperature_that_does_not_help_is_not_kept() -> None:
-    found = [calibrate([drawn(60, 1.0, seed)]).metrics for seed in range(12)]
-    left = [f for f in found if f.temperature == 1.0]
+    result = [calibrate([drawn(60, 1.0, seed)]).metrics for seed in range(12)]
+    left = [f for f in result if f.temperature == 1.0]
     assert 0 < len(left) < 12
     assert all(f.error_after == f.error_before for f in left)
 
 
 def test_a_single_dialogue_is_not_calibrated_by_itself() -> None:
     one = drawn(10, 3.0)
-    found = calibrate([one]).metrics
-    assert found.error_after == found.error_before
+    result = calibrate([one]).metrics
+    assert result.error_after == result.error_before
 
 
 def test_the_least_confidence_is_the_lowest_that_reaches_a_precision() -> None:
@@ -116,9 +116,9 @@ def test_losses_are_named() -> None:
     worse = original.predictions.probabilities.copy()
     worse[:100] = np.roll(worse[:100], 1, axis=1)
     predictions = replace(original.predictions, probabilities=worse)
-    found = compare(replace(original, predictions=predictions), original)
-    assert found.agreement == 0.9
-    lost, different = losses(found, LossLimits())
+    result = compare(replace(original, predictions=predictions), original)
+    assert result.agreement == 0.9
+    lost, different = losses(result, LossLimits())
     assert lost.startswith("meld, chats: weighted F1 ")
     assert "90.0% of the labels are the original's (at least 97% must be)" in different
-    assert losses(found, LossLimits(f1=1.0, agreement=0.9)) == []
+    assert losses(result, LossLimits(f1=1.0, agreement=0.9)) == []

@@ -49,9 +49,9 @@ def x(random: np.random.Generator) -> Array:
 
 @pytest.mark.parametrize("opset", [15, 17, 18, 21])
 def test_a_product_is_near_the_float_one(x: Array, weight: Array, opset: int) -> None:
-    found = run(quantized(product(weight, opset)), x)[0]
-    assert found.shape == (2, 7, N)
-    assert error(found, x @ weight) < 0.015
+    result = run(quantized(product(weight, opset)), x)[0]
+    assert result.shape == (2, 7, N)
+    assert error(result, x @ weight) < 0.015
 
 
 def test_a_row_is_the_same_alone_and_amid_far_greater_rows(x: Array, weight: Array) -> None:
@@ -122,8 +122,8 @@ def test_products_of_one_activation_quantize_it_once(x: Array, random: np.random
     counts = Counter(n.op_type for n in model.graph.node)
     operators = ("MatMulIntegerToFloat", "QuantizeLinear", "ReduceMax")
     assert [counts[name] for name in operators] == [3, 1, 1]
-    for found, matrix in zip(run(model, x), weights.values(), strict=True):
-        assert error(found, x @ matrix) < 0.015
+    for result, matrix in zip(run(model, x), weights.values(), strict=True):
+        assert error(result, x @ matrix) < 0.015
 
 
 def test_samples_keep_outlier_channels_in_float(x: Array, weight: Array) -> None:
@@ -131,8 +131,8 @@ def test_samples_keep_outlier_channels_in_float(x: Array, weight: Array) -> None
     plain = run(quantized(product(weight)), x)[0]
     model = quantized(product(weight), x[0])
     assert constants(model)["x_rows_places"].tolist() == [5, 60]
-    found = run(model, x)[0]
-    assert error(found, x @ weight) < error(plain, x @ weight) / 5
+    result = run(model, x)[0]
+    assert error(result, x @ weight) < error(plain, x @ weight) / 5
 
 
 def test_few_samples_without_outliers_change_nothing(x: Array, weight: Array) -> None:
@@ -168,10 +168,10 @@ def test_a_lookup_reads_int8_rows(random: np.random.Generator) -> None:
     model = looked_up(model, 1000)
     assert model.ByteSize() < table.nbytes / 3
     ids = np.array([[0, 7, 299], [7, 12, 0]])
-    found = run(model, ids)[0]
-    assert found.shape == (2, 3, 32)
+    result = run(model, ids)[0]
+    assert result.shape == (2, 3, 32)
     steps = np.abs(table[ids]).max(axis=-1, keepdims=True) / 127
-    assert (np.abs(found - table[ids]) <= steps * 0.501).all()
+    assert (np.abs(result - table[ids]) <= steps * 0.501).all()
 
 
 @pytest.mark.parametrize(("axis", "smallest"), [(0, 301 * 32), (1, 1000)])

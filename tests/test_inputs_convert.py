@@ -27,12 +27,12 @@ MELD = (
 
 
 def records(format: str, source: Path) -> list[dict[str, Any]]:
-    found = list(convert(format, source))
+    result = list(convert(format, source))
     own = set(label_set(PUBLISHERS[format].labels).labels)
-    for record in found:
+    for record in result:
         labels = {u.label for u in parse_dialogue(record).utterances}
         assert labels <= own | {None}
-    return found
+    return result
 
 
 def write(path: Path, data: bytes | str) -> Path:
@@ -177,20 +177,20 @@ def iemocap(folder: Path, session: int, name: str) -> None:
 def test_iemocap(tmp_path: Path) -> None:
     iemocap(tmp_path, 5, "Ses05M_script01_1b")
     iemocap(tmp_path, 1, "Ses01F_impro01")
-    found = records("iemocap", tmp_path)
-    assert [(r["id"], r["session"]) for r in found] == [
+    result = records("iemocap", tmp_path)
+    assert [(r["id"], r["session"]) for r in result] == [
         ("Ses01F_impro01", 1),
         ("Ses05M_script01_1b", 5),
     ]
     name = "Ses01F_impro01"
     # Notes are left out; a turn that was not judged, or has no used label, is context.
-    assert found[0]["utterances"] == [
+    assert result[0]["utterances"] == [
         {"id": f"{name}_F000", "speaker": "F", "text": "Hello?", "label": "frustrated"},
         {"id": f"{name}_M000", "speaker": "M", "text": "Yes: [LAUGHTER] here.", "label": "happy"},
         {"id": f"{name}_FXX0", "speaker": "F", "text": "Oh."},
         {"id": f"{name}_M001", "speaker": "M", "text": "Who\u2028is it?"},
     ]
-    assert records("iemocap", tmp_path / "Session5") == found[1:]
+    assert records("iemocap", tmp_path / "Session5") == result[1:]
 
 
 def test_iemocap_needs_the_judgements(tmp_path: Path) -> None:

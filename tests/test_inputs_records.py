@@ -276,10 +276,10 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
 
 def test_read_dialogues_takes_no_bad_line(tmp_path: Path) -> None:
     path = write(tmp_path, b"\n" + GOOD + b"\n{}\n")
-    found = read_dialogues(path)
-    assert next(found)[0] == 2
+    result = read_dialogues(path)
+    assert next(result)[0] == 2
     with pytest.raises(InputError, match=r"in\.jsonl, line 3: .*: mend or remove the line"):
-        next(found)
+        next(result)
 
 
 @settings(deadline=None)

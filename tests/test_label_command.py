@@ -91,10 +91,10 @@ def test_every_kind_of_bad_line_is_told_where_it_stands(
     source.write_bytes(b"".join(GOOD + line + b"\n" for line in bad) + GOOD)
     done = cli("label", source, "--bundle", bundle_folder, "-o", out, "--rejects", rejects)
     assert done.returncode == 3, done.stderr
-    found = records(rejects.read_bytes())
-    assert [r["code"] for r in found] == [code for _, code in BAD.values()]
+    result = records(rejects.read_bytes())
+    assert [r["code"] for r in result] == [code for _, code in BAD.values()]
     byte = 0
-    for number, (line, reject) in enumerate(zip(bad, found, strict=True), start=1):
+    for number, (line, reject) in enumerate(zip(bad, result, strict=True), start=1):
         byte += len(GOOD)
         assert (reject["line"], reject["byte"]) == (2 * number, byte)
         assert reject["raw"] == line.decode("utf-8", "replace")[:200]
@@ -129,9 +129,9 @@ def test_limits_are_options(bundle_folder: Path, tmp_path: Path) -> None:
     limits = ("--max-turns", "2", "--max-characters", "200", "--max-line-bytes", "500")
     done = cli(*asked, *limits, "-o", tmp_path / "out.jsonl")
     assert done.returncode == 3
-    found = records((tmp_path / "out.jsonl.rejects.jsonl").read_bytes())
-    assert [r["code"] for r in found] == ["too_many_turns", "text_too_long", "too_long"]
-    assert "over 2 turns" in found[0]["reason"]
+    result = records((tmp_path / "out.jsonl.rejects.jsonl").read_bytes())
+    assert [r["code"] for r in result] == ["too_many_turns", "text_too_long", "too_long"]
+    assert "over 2 turns" in result[0]["reason"]
     bomb = cli(*asked, "--max-file-bytes", "300", "-o", tmp_path / "bomb.jsonl")
     assert bomb.returncode == 3
     assert "over 300 bytes" in bomb.stderr

@@ -127,12 +127,12 @@ def test_resuming_after_any_item_changes_no_number(
 @pytest.mark.slow
 def test_the_number_of_threads_changes_no_number() -> None:
     dialogues = [dialogue for _, dialogue in read_dialogues(Path(CHAT))] * 12
-    found = []
+    result = []
     for threads in (1, 2, 5):
         labeler = Labeler("mini", threads=threads, demonstrations=0)
         assert labeler.engine.scorer.parallel_packs == threads
         rows = [entry.rows for entry in labeler.engine.run((None, d) for d in dialogues)]
-        found.append(np.array([p for some in rows for p in some.values()]))
-    assert len(found[0]) == sum(len(d.utterances) for d in dialogues)
-    assert np.array_equal(found[0], found[1])
-    assert np.array_equal(found[0], found[2])
+        result.append(np.array([p for some in rows for p in some.values()]))
+    assert len(result[0]) == sum(len(d.utterances) for d in dialogues)
+    assert np.array_equal(result[0], result[1])
+    assert np.array_equal(result[0], result[2])

@@ -58,10 +58,10 @@ def company(
 def test_probabilities_are_those_of_the_dialogue_alone(
     company: Company, order: list[int], count: int, tokens: int, labeler: int
 ) -> None:
-    found = Comparison()
-    company.compare(found, order[:count], tokens, labeler)
-    assert found.other_labels == 0
-    assert found.largest_difference < 1e-6
+    result = Comparison()
+    company.compare(result, order[:count], tokens, labeler)
+    assert result.other_labels == 0
+    assert result.largest_difference < 1e-6
 
 
 def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ def test_dialogues_share_no_longer_packs(bundle_folder: Path, tmp_path: Path) ->
 
 
 def test_what_differs_is_counted() -> None:
-    found = Comparison()
-    found.add(
+    result = Comparison()
+    result.add(
         {0: np.array([0.4, 0.6]), 3: np.array([0.5, 0.5])},
         {0: np.array([0.75, 0.25]), 3: np.array([0.5, 0.5])},
     )
-    assert astuple(found) == (2, 1, 1, pytest.approx(0.35))
+    assert astuple(result) == (2, 1, 1, pytest.approx(0.35))
 
 
 def test_the_command_says_what_it_compared(bundle_folder: Path) -> None:

@@ -102,9 +102,9 @@ def test_a_later_turn_never_reaches_an_earlier_answer(checkpoint: Path) -> None:
         asked = [Question(Task.EMOTION, t) for t in range(4)] + [Question(Task.IMPACT, 3)]
         packed = join(list(enumerate(renderer.trees(dialogue, asked))))
         with torch.no_grad():
-            found = packed_model(*collate([packed]))
+            result = packed_model(*collate([packed]))
         keyed = [(r.question.task.value, r.question.utterance, r.choice) for *_, r in packed.reads]
-        return dict(zip(keyed, found, strict=True))
+        return dict(zip(keyed, result, strict=True))
 
     one, other = states("thank you"), states("my fridge !")
     for key in one:

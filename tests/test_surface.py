@@ -34,11 +34,11 @@ def test_documented_errors_are_those_of_the_module() -> None:
     documented = {}
     above: list[str] = []
     for row in (errors.__doc__ or "").splitlines():
-        found = re.match(r"^([│ ├└─]*)(\w+Error)\s+(?:exit (\d+))?", row)
-        if found:
-            depth = len(found[1]) // 4
-            above = [*above[:depth], found[2]]
-            documented[found[2]] = (above[-2] if depth else "Exception", found[3])
+        result = re.match(r"^([│ ├└─]*)(\w+Error)\s+(?:exit (\d+))?", row)
+        if result:
+            depth = len(result[1]) // 4
+            above = [*above[:depth], result[2]]
+            documented[result[2]] = (above[-2] if depth else "Exception", result[3])
     classes = {
         name: each
         for name, each in vars(errors).items()

@@ -97,8 +97,8 @@ def test_no_later_turn_and_no_label_reaches_an_answer(bert: Path) -> None:
         sampler = Sampler(recipe(), [dataset(changed)], tokenizer, {})
         (step,) = sampler.epoch(1, [Task.EMOTION, Task.IMPACT])
         with torch.no_grad():
-            found: torch.Tensor = packed(*step.batch)
-        return found
+            result: torch.Tensor = packed(*step.batch)
+        return result
 
     original = states(scene(*said))
     # In order of the prompts' ends: emotion 0, impact 1, emotion 1, impact 2, emotion 2, ...
@@ -279,10 +279,10 @@ def test_a_saved_adapter_gives_what_it_gave_in_training(
     assert losses[-1] < losses[0]
     # Merged, up to the arithmetic of few bits.
     merged = load_run(run)
-    found = Validation(merged.model, merged.tokenizer, merged.recipe, [read_dataset(CHAT_DATA)])
+    result = Validation(merged.model, merged.tokenizer, merged.recipe, [read_dataset(CHAT_DATA)])
     kept = json.loads((run / "run.json").read_text())["kept"]
     valid = figures(run)[kept - 1]["valid"]["meld"]
-    assert found.metrics([Task.EMOTION])["meld"]["log_loss"] == pytest.approx(
+    assert result.metrics([Task.EMOTION])["meld"]["log_loss"] == pytest.approx(
         valid["log_loss"], abs=error
     )
 

@@ -24,13 +24,13 @@ KINDS: tuple[Any, ...] = (Recipe, Source, Window)
 
 def rows(kind: Any) -> list[tuple[str, str, str]]:
     """(key, default, meaning) in the tables of the page about one kind of TOML table."""
-    found = []
+    result = []
     for section in PAGE.split("\n## ")[1:]:
         heading = section.partition("\n")[0]
         about = Source if "[[train]]" in heading else Window if "[window]" in heading else Recipe
         if about is kind:
-            found += re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, re.MULTILINE)
-    return found
+            result += re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, re.MULTILINE)
+    return result
 
 
 def recipe(kind: Any, **keys: Any) -> Recipe:

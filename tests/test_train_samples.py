@@ -286,8 +286,8 @@ def test_scores_of_another_set_with_the_same_labels_are_learnt(tmp_path: Path) -
         path.write_text(json.dumps({"utterances": [{"text": "It's gone.", "scores": scores}]}))
         (scene,) = read_dataset(Source(str(path), "meld", soft=1.0)).scenes
         assert scene.targets[0] is not None
-        found: list[float] = scene.targets[0].tolist()
-        return found
+        result: list[float] = scene.targets[0].tolist()
+        return result
 
     assert target()[label_set("meld").index("sad")] == pytest.approx(0.4)
     scores["joyful"] = scores["joy"]  # one label by two names

@@ -56,10 +56,10 @@ def test_the_accuracy_of_the_speakers_is_that_of_single_prompts(bert: Path) -> N
             ((_, t, logs),) = scorer.answers(join([(0, tree)]), trie)
             right.append(int(logs.argmax()) == speaker_numbers(one.dialogue)[t])
     assert len(right) == 3 + 0 + 2 + 4
-    found = speaker_accuracy(packed, renderer, dataset(*scenes), pack_tokens=64)
-    assert found is not None
-    assert found == pytest.approx(np.mean(right))
-    assert 0 < found < 1
+    result = speaker_accuracy(packed, renderer, dataset(*scenes), pack_tokens=64)
+    assert result is not None
+    assert result == pytest.approx(np.mean(right))
+    assert 0 < result < 1
     assert speaker_accuracy(packed, renderer, dataset(scene("thank you")), pack_tokens=64) is None
 
 

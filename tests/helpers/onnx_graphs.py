@@ -106,7 +106,7 @@ def messages(message: Message) -> Iterator[Message]:
 
 def requests_of(model: onnx.ModelProto) -> OnnxRequests:
     """The same as `read_onnx`, from what the `onnx` package has read."""
-    domains, operators, found = set(), set(), set()
+    domains, operators, result = set(), set(), set()
     for message in messages(model):
         if isinstance(message, onnx.NodeProto):
             operators.add((words(message.domain), words(message.op_type)))
@@ -121,5 +121,5 @@ def requests_of(model: onnx.ModelProto) -> OnnxRequests:
                 int(entries.get("offset", 0)),
                 None if length is None else int(length),
             )
-            found.add(data)
-    return OnnxRequests(frozenset(domains), frozenset(operators), frozenset(found))
+            result.add(data)
+    return OnnxRequests(frozenset(domains), frozenset(operators), frozenset(result))

@@ -54,5 +54,5 @@ def constants(model: ModelProto) -> dict[str, npt.NDArray[np.generic]]:
     return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
-def error(found: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def error(result: Array, wanted: Array) -> float:
+    return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))

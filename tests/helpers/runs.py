@@ -34,9 +34,9 @@ def committed(output: Path) -> int:
 def begun(process: subprocess.Popen[str], output: Path) -> int:
     """Wait until a run has committed something; how much."""
     for _ in range(600):
-        found = committed(output)
-        if found:
-            return found
+        result = committed(output)
+        if result:
+            return result
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise AssertionError("it commits nothing")

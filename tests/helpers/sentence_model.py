@@ -117,10 +117,10 @@ def library(source: Path, lines: Sequence[str]) -> npt.NDArray[np.float32]:
     """The embeddings of sentence-transformers itself, one line at a time."""
     model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
     model.max_seq_length = 128
-    found: npt.NDArray[np.float32] = model.encode(
+    result: npt.NDArray[np.float32] = model.encode(
         list(lines), batch_size=1, normalize_embeddings=True, show_progress_bar=False
     )
-    return found
+    return result
 
 
 def open_encoder(folder: Path, **settings: int) -> SentenceEncoder:

@@ -89,7 +89,7 @@ def utterances(count: int, draw: random.Random) -> int:
         if place == target and not said.strip():
             continue  # blank ones are not asked about
         asked += 1
-        found, marked = (
+        result, marked = (
             renderer.separate_prompt(
                 Dialogue((*others[:place], Utterance(words, "b"), *others[place:])),
                 Question(Task.EMOTION, target),
@@ -107,7 +107,7 @@ def utterances(count: int, draw: random.Random) -> int:
             else:
                 expected.append(marked[at])
                 at += 1
-        assert found == expected, said
+        assert result == expected, said
     return asked
 
 
@@ -188,10 +188,10 @@ def journal(seconds: float, draw: random.Random) -> int:
     while time.monotonic() < until:
         number += 1
         path.write_bytes(altered(data, draw))
-        with Journal(path) as found:
-            assert found.identity in (None, _IDENTITY)
-            assert found.commit in (None, _COMMIT)
-            assert found.manifest in (None, {"counts": {}})
+        with Journal(path) as result:
+            assert result.identity in (None, _IDENTITY)
+            assert result.commit in (None, _COMMIT)
+            assert result.manifest in (None, {"counts": {}})
     return number
 
 

@@ -33,13 +33,13 @@ _BAD = (b"{", b"[]", b'{"utterances": [{"text": 1}]}', b"\xff\xfe\x00", b'{"utte
 
 def lines(count: int, draw: random.Random) -> list[bytes]:
     """Lines of JSONL: dialogues of 1 to 60 turns, and some blank or bad lines."""
-    found = []
+    actual = []
     for number in range(count):
         kind = draw.random()
         if kind < 0.05:
-            found.append(draw.choice((b"", b"   ", b"\r")))
+            actual.append(draw.choice((b"", b"   ", b"\r")))
         elif kind < 0.1:
-            found.append(draw.choice(_BAD))
+            actual.append(draw.choice(_BAD))
         else:
             turns = [
                 {
@@ -48,8 +48,8 @@ def lines(count: int, draw: random.Random) -> list[bytes]:
                 }
                 for _ in range(draw.choice((1, 2, 5, 10, 60)))
             ]
-            found.append(json.dumps({"id": number, "utterances": turns}).encode())
-    return found
+            actual.append(json.dumps({"id": number, "utterances": turns}).encode())
+    return actual
 
 
 def damaged(data: bytes) -> bytes:

@@ -243,7 +243,7 @@ def mutants(bundle: Path, count: int, seed: int, work: Path) -> dict[str, Any]:
     """Make so many, and open each; what that came to."""
     draw = random.Random(seed)
     forks = multiprocessing.get_context("fork")
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     failed: list[str] = []
     for number in range(count):
         folder = work / f"mutant{number}"
@@ -262,14 +262,14 @@ def mutants(bundle: Path, count: int, seed: int, work: Path) -> dict[str, Any]:
         code = process.exitcode
         said = log.read_text(errors="replace")
         outcome = {0: "labelled", 2: "refused", 4: "refused"}.get(code or 0, f"ended with {code}")
-        found[("befallen, " if befell else "written, ") + outcome] += 1
+        result[("befallen, " if befell else "written, ") + outcome] += 1
         if outcome not in ("labelled", "refused"):
             failed.append(f"{done}: {outcome}: {said[-600:]}")
             print(f"mutant {number}: {failed[-1]}", file=sys.stderr, flush=True)
             shutil.move(folder, work / f"failed{number}")
             continue
         shutil.rmtree(folder)
-    return {"mutants": count, "failed": len(failed), **dict(sorted(found.items()))}
+    return {"mutants": count, "failed": len(failed), **dict(sorted(result.items()))}
 
 
 def main() -> None:
