@@ -84,7 +84,7 @@ def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, dict[str, float
 
 
 def spread(lengths: Mapping[str, Mapping[str, float]]) -> float | None:
-    """How much the most expensive length costs above the cheapest; 0.1 is 10 %.
+    """Extra cost of the most expensive length over the cheapest; 0.1 is 10 %.
 
     Only lengths from `_FLAT_FROM` turns count. None if there are fewer than two.
     """

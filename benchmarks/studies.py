@@ -158,7 +158,7 @@ STUDIES: Mapping[str, Callable[[Recipe], Variants]] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the runs of one variant came to: dataset -> metric -> one value a seed."""
+    """Results of one variant. `metrics`: dataset -> metric -> one value for each seed."""
 
     metrics: Mapping[str, Mapping[str, list[float]]]
     gaps: Mapping[int, list[float]]

@@ -36,7 +36,7 @@ class Queries:
 
 
 class Engine(Protocol):
-    """What finds the nearest entries; `metrics` are those of its making."""
+    """A search for the nearest entries. `metrics` are those of building its index."""
 
     metrics: dict[str, Any]
 

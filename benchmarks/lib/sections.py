@@ -1,4 +1,4 @@
-"""What the performance page says of each benchmark: from its metrics to Markdown and a plot.
+"""Sections of the performance page: the metrics of each benchmark as Markdown and a plot.
 
 A section takes the metrics of one saved JSON line and the path of its plot without an ending. It
 draws the plot, and gives the lines of the page, which link to it.

@@ -32,10 +32,10 @@ from ercbatch.bundle.manifest import (
 from ercbatch.digests import file_sha256
 from ercbatch.errors import BundleError, MissingExtraError, UsageError, foreign_errors
 
-_ADVICE = "get the bundle again, or write it anew with `python -m export`"
-"""What to do about an altered one."""
+_ADVICE = "get the bundle again, or export it again with `python -m export`"
+"""Next step in errors about an altered bundle."""
 _DIGEST_KEY = "sha256"
-"""Of all else in `bundle.json`: last in it, from format 1.3 on."""
+"""Key of the SHA-256 of all other keys in `bundle.json`; the last key, from format 1.3 on."""
 _LARGEST_MANIFEST = 16 << 20
 """Bytes."""
 
